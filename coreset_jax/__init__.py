@@ -1,0 +1,21 @@
+"""Nearly optimal attention coresets: shrink a KV cache and say how wrong the result may be."""
+
+from coreset_jax import baselines, guarantees, problem, walks
+from coreset_jax._version import __version__
+from coreset_jax.attention import attention
+from coreset_jax.compression import balanced, compress
+from coreset_jax.coreset import Compressor, Coreset, attend
+
+__all__ = [
+    "Compressor",
+    "Coreset",
+    "__version__",
+    "attend",
+    "attention",
+    "balanced",
+    "baselines",
+    "compress",
+    "guarantees",
+    "problem",
+    "walks",
+]

@@ -1,0 +1,395 @@
+r"""Compression to a size by repeated balanced halving: the paper's coreset as a program.
+
+Each level halves the pairs and doubles the weight of those it keeps; its error is at most
+:math:`2 D / m'` where it leaves :math:`m'` pairs and balances to a discrepancy :math:`D`, a
+geometric series that the last level dominates.
+(*Nearly Optimal Attention Coresets*, Theorem 4.)
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from coreset_jax import validation, walks
+from coreset_jax.coreset import Compressor, Coreset, gather, over_heads, whole_cache
+from coreset_jax.fields import ExactField, Field, LandmarkField, UnitPairs
+from coreset_jax.halving import Level, halve
+from coreset_jax.problem import Reduction, check_radius, reduce, unit_keys, unit_values
+
+
+class _Settings(NamedTuple):
+    """What of a balanced compressor is fixed at compile time; see :func:`balanced`."""
+
+    scale: float | None
+    walk: walks.Walk
+    block_size: int
+    landmarks: int | None
+    max_swaps: int
+    passes: int
+    ridge: float
+
+
+class _Schedule(NamedTuple):
+    """The halvings of a compression, the same for all heads; each entry is ``[levels]``.
+
+    Attributes:
+      threshold: pairs above which a head takes part.
+      blocks: blocks to go through.
+      passes: passes over the blocks.
+    """
+
+    threshold: Int[Array, " levels"]
+    blocks: Int[Array, " levels"]
+    passes: Int[Array, " levels"]
+
+
+def default_kernel_radius(reduction: Reduction) -> Float[Array, "*heads"]:
+    r"""The kernel radius that a balance uses where none is given.
+
+    .. math:: r = \min(\rho,\; 1 / \mathrm{mean}_i \|k_i\|^2)
+
+    for unit keys: the paper's :math:`r = \rho` for small radii, and never more than 1 in units of
+    the keys' own spread. Beyond that, a kernel tells apart more directions than there are signs
+    to balance them; measured at radii from 1 to 20, larger ones did no better and mostly worse.
+
+    Args:
+      reduction: a cache's unit problem.
+    """
+    spread = jnp.where(reduction.key_spread > 0, reduction.key_spread, 1.0)
+    return jnp.minimum(reduction.rho, 1 / jnp.square(spread))
+
+
+def _schedule(count: int, size: int, block_size: int, passes: int, *, ragged: bool) -> _Schedule:
+    """The halvings from ``count`` pairs, or from any fewer if ``ragged``, to ``size``."""
+    levels = (-(-count // size) - 1).bit_length()
+    thresholds, blocks = [], []
+    for remaining in range(levels, 0, -1):
+        # A shorter head joins late, so that all heads do their last halving together.
+        most = min(count, size << remaining) if ragged else count
+        left = max(-(-most // 2), size)
+        thresholds.append(size << (remaining - 1))
+        blocks.append(-(-2 * (most - left) // block_size))
+        count = count if ragged else left
+    columns = (thresholds, blocks, [1] * (levels - 1) + [passes])
+    return _Schedule(*(jnp.asarray(column, jnp.int32) for column in columns))
+
+
+def _spare_heaviest(level: Level, halved: Int[Array, ""], norms: Float[Array, " n"]) -> Level:
+    """The level with the pairs of largest norm moved behind the first ``halved``.
+
+    They are the ones that a halving would hurt most.
+    """
+    inside = jnp.arange(level.indices.shape[0]) < level.left
+    heaviest_last = jnp.argsort(jnp.where(inside, norms[level.indices], jnp.inf))
+    ranks = jnp.zeros_like(heaviest_last).at[heaviest_last].set(jnp.arange(inside.shape[0]))
+    # Both groups stay in order: neighbours in the sequence are alike, and balance each other.
+    order = jnp.argsort(inside.astype(jnp.int32) * (ranks < halved), descending=True, stable=True)
+    return level._replace(indices=level.indices[order], doubled=level.doubled[order])
+
+
+def _empty_field(
+    rng: Array, everything: UnitPairs, length: Int[Array, ""], radius: Array, settings: _Settings
+) -> Field:
+    """A field without discrepancy, seen by all pairs or by landmarks among them."""
+    if settings.landmarks is None:
+        return ExactField.empty(everything, radius)
+    count, width = everything.indices.shape[0], everything.values.shape[-1]
+    landmarks = min(settings.landmarks, count)
+    # Stratified over the sequence, so that every stretch of it is known.
+    offsets = jax.random.uniform(rng, (landmarks,), radius.dtype)
+    places = ((jnp.arange(landmarks) + offsets) * (length / landmarks)).astype(jnp.int32)
+    keys = everything.keys[jnp.minimum(places, length - 1)]
+    return LandmarkField.empty(keys, radius, width, ridge=settings.ridge)
+
+
+def _compress_head(
+    rng: Array,
+    keys: Float[Array, "n d"],
+    values: Float[Array, "n dv"],
+    length: Int[Array, ""],
+    rho: Float[Array, ""] | None,
+    query_norm: Float[Array, ""] | None,
+    queries: Float[Array, "q d"] | None,
+    kernel_radius: Float[Array, ""] | None,
+    *,
+    size: int,
+    ragged: bool,
+    settings: _Settings,
+) -> Coreset:
+    """The coreset of one head."""
+    reduction = reduce(
+        keys,
+        values,
+        rho=rho,
+        query_norm=query_norm,
+        queries=queries,
+        scale=settings.scale,
+        lengths=length if ragged else None,
+    )
+    count, dtype = keys.shape[0], reduction.rho.dtype
+    radius = default_kernel_radius(reduction) if kernel_radius is None else kernel_radius
+    landmark_rng, level_rng = jax.random.split(rng)
+    block_size = min(settings.block_size, count + count % 2)
+    schedule = _schedule(count, size, block_size, settings.passes, ragged=ragged)
+    levels = schedule.blocks.shape[0]
+    places = jnp.arange(count, dtype=jnp.int32)
+
+    def unit_pairs(keys: Array, values: Array, indices: Array) -> UnitPairs:
+        return UnitPairs(
+            unit_keys(reduction, keys.astype(dtype)),
+            unit_values(reduction, values.astype(dtype)),
+            indices,
+        )
+
+    def load(indices: Array, inside: Array) -> UnitPairs:
+        # Read from the source block by block: no second copy of the cache in float32.
+        pairs = unit_pairs(keys[indices], values[indices], indices)
+        zero = jnp.zeros((), dtype)
+        return UnitPairs(
+            jnp.where(inside[:, None], pairs.keys, zero),
+            jnp.where(inside[:, None], pairs.values, zero),
+            indices,
+        )
+
+    def spare_heaviest(level: Level, halved: Array) -> Level:
+        pairs = unit_pairs(keys, values, places)
+        squares = jnp.sum(jnp.square(pairs.keys), axis=-1)
+        norms = radius * squares + jnp.log1p(jnp.sum(jnp.square(pairs.values), axis=-1))
+        return _spare_heaviest(level, halved, norms)
+
+    def step(number: Array, level: Level) -> Level:
+        threshold, blocks, passes = (column[number] for column in schedule)
+        half = jnp.maximum((level.left + 1) // 2, size)
+        target = jnp.where(level.left > threshold, half, level.left)
+        # Only the last level can leave some of its pairs at their old weight.
+        if ragged or count != size << levels:
+            level = jax.lax.cond(
+                number == levels - 1,
+                lambda: spare_heaviest(level, 2 * (level.left - target)),
+                lambda: level,
+            )
+        return halve(
+            jax.random.fold_in(level_rng, number),
+            level,
+            load,
+            target,
+            blocks,
+            passes,
+            walk=settings.walk,
+            block_size=block_size,
+            max_swaps=settings.max_swaps,
+        )
+
+    everything = unit_pairs(keys, values, places)
+    field = _empty_field(landmark_rng, everything, length, radius, settings)
+    level = Level(places, jnp.zeros_like(places, bool), length, field)
+    level = jax.lax.fori_loop(0, levels, step, level)
+
+    inside = jnp.arange(size) < level.left
+    indices = jnp.where(inside, level.indices[:size], count)
+    order = jnp.argsort(indices)
+    multiples = jnp.where(inside, 1 + level.doubled[:size], 0).astype(dtype)[order]
+    log_weights = jnp.log(multiples) + jnp.log(length / jnp.sum(multiples))
+    return gather(keys, values, jnp.where(inside, indices[order], -1), log_weights)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "settings"))
+def _compress(
+    rng: Array,
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    lengths: Int[Array, "*heads"] | None,
+    rho: Array | None,
+    query_norm: Array | None,
+    queries: Float[Array, "*heads q d"] | None,
+    kernel_radius: Array | None,
+    *,
+    size: int,
+    settings: _Settings,
+) -> Coreset:
+    head = functools.partial(
+        _compress_head, size=size, ragged=lengths is not None, settings=settings
+    )
+    zeros = jnp.zeros_like(keys[..., 0, 0], jnp.result_type(jnp.float32, keys.dtype))
+    # One a head, sharded as the keys are.
+    rho, query_norm, kernel_radius = (
+        None if radius is None else zeros + radius for radius in (rho, query_norm, kernel_radius)
+    )
+    return over_heads(head, rng, keys, values, lengths, rho, query_norm, queries, kernel_radius)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Balanced:
+    rho: ArrayLike | None
+    query_norm: ArrayLike | None
+    kernel_radius: ArrayLike | None
+    settings: _Settings
+
+    def __call__(
+        self,
+        rng: Array,
+        keys: Float[Array, "*heads n d"],
+        values: Float[Array, "*heads n dv"],
+        *,
+        size: int,
+        lengths: Int[Array, "*heads"] | None = None,
+        queries: Float[Array, "*heads q d"] | None = None,
+    ) -> Coreset:
+        validation.check_cache(keys, values)
+        validation.check_size(size)
+        validation.check_lengths(lengths, keys)
+        check_radius(keys, self.rho, self.query_norm, queries, self.settings.scale)
+        validation.check_positive("kernel_radius", self.kernel_radius, keys.shape[:-2])
+        if size >= keys.shape[-2]:
+            return whole_cache(keys, values, lengths)
+        # Arrays of one dtype, so that Python numbers and arrays share a trace.
+        rho, query_norm, kernel_radius = (
+            None if radius is None else jnp.asarray(radius, jnp.float32)
+            for radius in (self.rho, self.query_norm, self.kernel_radius)
+        )
+        given = rho is not None or query_norm is not None
+        return _compress(
+            rng,
+            keys,
+            values,
+            lengths,
+            rho,
+            query_norm,
+            None if given else queries,
+            kernel_radius,
+            size=int(size),
+            settings=self.settings,
+        )
+
+
+def balanced(
+    *,
+    rho: ArrayLike | None = None,
+    query_norm: ArrayLike | None = None,
+    scale: float | None = None,
+    walk: walks.Walk = walks.greedy_pairs,
+    kernel_radius: ArrayLike | None = None,
+    block_size: int = 512,
+    landmarks: int | None = 512,
+    max_swaps: int = 256,
+    passes: int = 2,
+    ridge: float = 1e-4,
+) -> Compressor:
+    r"""Repeated halving of the whole cache by a balancing walk; the compressor of the paper.
+
+    .. math::
+       \sup_{\|q\|\le\rho} \|\mathrm{Attn}(q) - \mathrm{Attn}'(q)\|
+         = O\!\left(\sqrt d\, e^{\rho + o(\rho)} / m\right)
+
+    in the unit problem of :func:`coreset_jax.problem.reduce`. Blocks of pairs are balanced in
+    order, each against the field of everything before it, in its own level and in the levels
+    before (:mod:`coreset_jax.halving`). Time is linear in ``n``, and memory above the inputs is
+    one integer a pair and a few ``block_size x block_size`` matrices a head.
+
+    Args:
+      rho: the radius of unit queries, a scalar or ``[...]``.
+      query_norm: largest norm of a raw query instead, a scalar or ``[...]``. If neither is given,
+        the call's sample ``queries`` decide, and without them ``sqrt(d)``.
+      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      walk: a function of :mod:`coreset_jax.walks`, or any of the same signature. It is part of
+        the compiled program's identity: pass a module-level function, not a fresh lambda.
+      kernel_radius: the geometry of the balance, a scalar or ``[...]``; ``None`` means
+        :func:`default_kernel_radius`.
+      block_size: pairs in a block, even.
+      landmarks: landmark keys that represent the field; ``None`` means the exact field, which
+        takes :math:`n^2` products and a float32 copy of the cache.
+      max_swaps: swaps that may refine a block after its walk; 0 leaves the walk's signs alone.
+      passes: passes over the blocks of the last level, each further one a refinement by swaps.
+      ridge: regularisation of the landmarks' Gram matrix, relative to its diagonal.
+
+    Returns:
+      A :class:`~coreset_jax.coreset.Compressor` ``(rng, keys [..., n, d], values [..., n, dv], *,
+      size, lengths=None, queries=None) -> Coreset``. Any float dtype and any ``n`` and ``size``;
+      ``size >= n`` returns the cache itself. Each kept pair stands for as many as its weight
+      says, and the weights of a head sum to its length. A head with a NaN or an infinity among
+      its pairs gets NaN log-weights.
+
+    Raises:
+      ValueError: on bad options here; on ill-fitting shapes, a ``size`` below 1, ``lengths``
+        outside ``1..n`` or a radius that is not positive when called, before any tracing.
+
+    References:
+      Liberty, Andoni, Kleiner, *Nearly Optimal Attention Coresets*, 2026, Theorems 3 to 5.
+
+    >>> import jax, jax.numpy as jnp, coreset_jax as cj
+    >>> keys, values = jax.random.normal(jax.random.key(0), (2, 4, 512, 16))
+    >>> compressor = cj.balanced(query_norm=4.0)
+    >>> coreset = compressor(jax.random.key(1), keys, values, size=64)
+    >>> coreset.keys.shape
+    (4, 64, 16)
+    >>> print(jnp.exp(coreset.log_weights).sum(axis=-1).round(3))
+    [512. 512. 512. 512.]
+    """
+    validation.check_positive("scale", scale)
+    validation.check_positive("ridge", ridge)
+    for name, value, least in (
+        ("block_size", block_size, 2),
+        ("landmarks", 1 if landmarks is None else landmarks, 1),
+        ("max_swaps", max_swaps, 0),
+        ("passes", passes, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an int of at least {least}, got {value!r}.")
+    if block_size % 2:
+        raise ValueError(f"block_size must be even, got {block_size}.")
+    if not callable(walk):
+        raise ValueError(f"walk must be a function of coreset_jax.walks, got {walk!r}.")
+    settings = _Settings(scale, walk, block_size, landmarks, max_swaps, passes, ridge)
+    return _Balanced(rho, query_norm, kernel_radius, settings)
+
+
+def compress(
+    rng: Array,
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    *,
+    size: int,
+    rho: ArrayLike | None = None,
+    query_norm: ArrayLike | None = None,
+    queries: Float[Array, "*heads q d"] | None = None,
+    scale: float | None = None,
+    lengths: Int[Array, "*heads"] | None = None,
+) -> Coreset:
+    """A coreset of ``size`` pairs a head, by :func:`balanced` with its default settings.
+
+    Args:
+      rng: a JAX random key; every head gets a fold of its own.
+      keys: cached keys ``[..., n, d]``, any float dtype.
+      values: cached values ``[..., n, dv]``.
+      size: pairs to keep for each head, static.
+      rho: the paper's query radius, in the unit problem; a scalar or ``[...]``.
+      query_norm: largest norm of a raw query instead; a scalar or ``[...]``.
+      queries: sample queries ``[..., q, d]`` instead; only their largest norm is used. If none of
+        the three is given, ``query_norm`` is ``sqrt(d)``.
+      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      lengths: valid pairs of each head ``[...]``; the rest is padding and may hold anything.
+
+    Returns:
+      The coreset, with ``min(size, n)`` slots a head; read it with
+      :func:`coreset_jax.coreset.attend`.
+
+    Raises:
+      ValueError: on ill-fitting shapes, a ``size`` below 1, ``lengths`` outside ``1..n`` or a
+        radius that is not positive, before any tracing.
+
+    References:
+      Liberty, Andoni, Kleiner, *Nearly Optimal Attention Coresets*, 2026, Theorem 4.
+
+    >>> import jax, coreset_jax as cj
+    >>> keys, values = jax.random.normal(jax.random.key(0), (2, 1000, 32))
+    >>> coreset = cj.compress(jax.random.key(1), keys, values, size=125, rho=2.0)
+    >>> coreset.indices.shape
+    (125,)
+    """
+    compressor = balanced(rho=rho, query_norm=query_norm, scale=scale)
+    return compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)

@@ -1,0 +1,5 @@
+"""What can be said about the worst query: bounds from below, from above, and what is possible."""
+
+from coreset_jax.guarantees.adversary import Adversary, adversary
+
+__all__ = ["Adversary", "adversary"]

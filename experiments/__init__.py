@@ -1,0 +1,1 @@
+"""Experiments: binaries that need more than the library's own dependencies."""

@@ -1,0 +1,239 @@
+"""What every baseline owes to the protocol of a compressor, whatever it keeps."""
+
+import importlib
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from coreset_jax import baselines
+from coreset_jax.coreset import whole_cache
+
+MAKERS = {
+    "uniform": baselines.uniform,
+    "balance_kv": lambda: baselines.balance_kv(block_size=8),
+    "balance_kv_corrected": lambda: baselines.balance_kv(corrected=True, block_size=8),
+}
+# These write weights into the values, so that they are not those of the source.
+WEIGHED_VALUES = {"balance_kv"}
+
+LEADING, COUNT, SIZE, WIDTH, VALUE_WIDTH = (2, 4), 40, 22, 8, 5
+
+
+@pytest.fixture(params=MAKERS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def compressor(name):
+    return MAKERS[name]()
+
+
+@pytest.fixture(scope="module")
+def cache():
+    rng = np.random.default_rng(3)
+    keys = rng.standard_normal((*LEADING, COUNT, WIDTH)).astype(np.float32)
+    values = rng.standard_normal((*LEADING, COUNT, VALUE_WIDTH)).astype(np.float32)
+    return keys, values
+
+
+def check_subset(name, coreset, keys, values, lengths):
+    """A weighted subset of the valid pairs, in order, whose weights add up to the length."""
+    size = coreset.indices.shape[-1]
+    for head in np.ndindex(*keys.shape[:-2]):
+        indices, length = np.asarray(coreset.indices[head]), int(lengths[head])
+        kept = min(size, length)
+        assert np.all(indices[kept:] == -1)
+        indices = indices[:kept]
+        assert np.all(np.diff(indices) > 0)
+        assert indices[0] >= 0
+        assert indices[-1] < length
+        log_weights = np.asarray(coreset.log_weights[head], np.float64)
+        assert np.all(np.isfinite(log_weights[:kept]))
+        assert np.all(np.isneginf(log_weights[kept:]))
+        np.testing.assert_allclose(np.exp(log_weights).sum(), length, rtol=1e-6)
+        np.testing.assert_array_equal(coreset.keys[head][:kept], keys[head][indices])
+        assert not np.any(coreset.keys[head][kept:])
+        assert not np.any(coreset.values[head][kept:])
+        if name not in WEIGHED_VALUES:
+            np.testing.assert_array_equal(coreset.values[head][:kept], values[head][indices])
+
+
+def test_keeps_a_weighted_subset(name, compressor, cache):
+    coreset = compressor(jax.random.key(0), *cache, size=SIZE)
+    assert coreset.indices.shape == (*LEADING, SIZE)
+    assert coreset.indices.dtype == jnp.int32
+    assert coreset.normalizers is None
+    check_subset(name, coreset, *cache, np.full(LEADING, COUNT))
+
+
+def test_padding_is_never_looked_at(name, compressor, cache):
+    lengths = np.array([[1, 2, SIZE - 1, SIZE], [SIZE + 1, 29, COUNT - 1, COUNT]])
+    inside = (np.arange(COUNT) < lengths[..., None])[..., None]
+
+    def padded(filling):
+        return [np.where(inside, array, np.float32(filling)) for array in cache]
+
+    coreset = compressor(jax.random.key(0), *padded(np.nan), size=SIZE, lengths=lengths)
+    check_subset(name, coreset, *cache, lengths)
+    again = compressor(jax.random.key(0), *padded(7.0), size=SIZE, lengths=lengths)
+    chex.assert_trees_all_equal(coreset, again)
+
+
+def test_short_heads_are_kept_whole(compressor, cache):
+    lengths = np.arange(SIZE - 7, SIZE + 1).reshape(LEADING)
+    coreset = compressor(jax.random.key(0), *cache, size=SIZE, lengths=lengths)
+    kept = np.arange(SIZE) < lengths[..., None]
+    np.testing.assert_array_equal(coreset.indices, np.where(kept, np.arange(SIZE), -1))
+    np.testing.assert_array_equal(coreset.log_weights, np.where(kept, 0.0, -np.inf))
+    values = np.where(kept[..., None], cache[1][..., :SIZE, :], 0.0)
+    np.testing.assert_array_equal(coreset.values, values)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("filling", [np.nan, np.inf])
+def test_non_finite_heads_say_so(compressor, cache, which, filling):
+    arrays = [array.copy() for array in cache]
+    arrays[which][1, 3, 17, 3] = filling
+    log_weights = compressor(jax.random.key(0), *arrays, size=SIZE).log_weights
+    sick = np.isnan(np.asarray(log_weights))
+    assert np.all(sick[1, 3])
+    assert sick.sum() == SIZE
+
+
+def test_whole_cache_where_nothing_has_to_go(compressor, cache):
+    lengths = np.full(LEADING, COUNT - 1)
+    for size in (COUNT, COUNT + 1):
+        chex.assert_trees_all_equal(
+            compressor(jax.random.key(0), *cache, size=size), whole_cache(*cache)
+        )
+        chex.assert_trees_all_equal(
+            compressor(jax.random.key(0), *cache, size=size, lengths=lengths),
+            whole_cache(*cache, lengths),
+        )
+
+
+def test_same_rng_same_coreset_and_heads_differ(compressor, cache):
+    # Small, so that the walks are not driven to the same signs in every head.
+    keys, values = (
+        np.float32(0.1) * np.broadcast_to(array[:1, :1], array.shape) for array in cache
+    )
+    coreset = compressor(jax.random.key(0), keys, values, size=SIZE)
+    chex.assert_trees_all_equal(coreset, compressor(jax.random.key(0), keys, values, size=SIZE))
+    drawn = {tuple(head) for head in np.asarray(coreset.indices).reshape(-1, SIZE)}
+    assert len(drawn) == coreset.indices[..., 0].size
+    other = compressor(jax.random.key(1), keys, values, size=SIZE)
+    assert tuple(np.asarray(other.indices[0, 0])) not in drawn
+
+
+def test_heads_are_numbered_flat(compressor, cache):
+    coreset = compressor(jax.random.key(0), *cache, size=SIZE)
+    flat = compressor(
+        jax.random.key(0), *(array.reshape(-1, *array.shape[2:]) for array in cache), size=SIZE
+    )
+    for nested, unnested in zip(coreset[:4], flat[:4], strict=True):
+        np.testing.assert_array_equal(np.reshape(nested, unnested.shape), unnested)
+
+
+def test_transformations_change_nothing(compressor, cache):
+    rngs = jax.random.split(jax.random.key(0), LEADING[0])
+
+    def compress(rng, keys, values):
+        return compressor(rng, keys, values, size=SIZE)
+
+    one_by_one = [compress(rngs[i], cache[0][i], cache[1][i]) for i in range(LEADING[0])]
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *one_by_one)
+    chex.assert_trees_all_close(jax.jit(jax.vmap(compress))(rngs, *cache), expected, rtol=1e-6)
+
+    mesh = jax.make_mesh(
+        LEADING[:1] if jax.device_count() >= LEADING[0] else (1,),
+        ("batch",),
+        axis_types=(AxisType.Auto,),
+        devices=jax.devices()[: LEADING[0]],
+    )
+    # One element a device (or all on one), gone through in a scan on each.
+    scanned = jax.shard_map(
+        lambda *inputs: jax.lax.map(lambda one: compress(*one), inputs),
+        mesh=mesh,
+        in_specs=PartitionSpec("batch"),
+        out_specs=PartitionSpec("batch"),
+    )
+    chex.assert_trees_all_close(jax.jit(scanned)(rngs, *cache), expected, rtol=1e-6)
+
+
+def test_second_call_does_not_retrace(name, cache, monkeypatch):
+    module_name = name.removesuffix("_corrected")
+    module = importlib.import_module(f"coreset_jax.baselines.{module_name}")
+    chex.clear_trace_counter()
+    monkeypatch.setattr(module, "over_heads", chex.assert_max_traces(module.over_heads, n=1))
+    keys, values = (array[0, 0, :31] for array in cache)
+    for seed in range(3):
+        MAKERS[name]()(jax.random.key(seed), keys, values, size=16)
+    with pytest.raises(AssertionError, match="traced"):
+        MAKERS[name]()(jax.random.key(0), keys, values, size=17)
+
+
+def test_equal_options_are_equal_compressors(name, compressor):
+    assert MAKERS[name]() == compressor
+    assert hash(MAKERS[name]()) == hash(compressor)
+    assert len({make() for make in MAKERS.values()}) == len(MAKERS)
+
+
+def test_explicit_shardings_survive(compressor, cache):
+    expected = compressor(jax.random.key(0), *cache, size=SIZE)
+    shape = (2, 2) if jax.device_count() >= 4 else (1, 1)
+    mesh = jax.make_mesh(
+        shape,
+        ("batch", "head"),
+        axis_types=(AxisType.Explicit,) * 2,
+        devices=jax.devices()[: math.prod(shape)],
+    )
+    sharding = NamedSharding(mesh, PartitionSpec("batch", "head"))
+    coreset = compressor(jax.random.key(0), *jax.device_put(cache, sharding), size=SIZE)
+    chex.assert_trees_all_close(coreset, expected, rtol=1e-6)
+    for leaf in coreset[:4]:
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_half_precision(name, compressor, cache):
+    keys, values = (array.astype(jnp.bfloat16) for array in cache)
+    coreset = compressor(jax.random.key(0), keys, values, size=SIZE)
+    assert coreset.keys.dtype == coreset.values.dtype == jnp.bfloat16
+    assert coreset.log_weights.dtype == jnp.float32
+    check_subset(name, coreset, keys, values, np.full(LEADING, COUNT))
+
+
+def test_strict_promotion(compressor, cache):
+    lengths = np.full(LEADING, COUNT, np.uint8)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        strict = compressor(jax.random.key(0), *cache, size=SIZE, lengths=lengths)
+    coreset = compressor(jax.random.key(0), *cache, size=SIZE)
+    chex.assert_trees_all_close(strict, coreset, rtol=1e-6)
+
+
+def test_queries_are_ignored(compressor, cache):
+    coreset = compressor(jax.random.key(0), *cache, size=SIZE, queries=cache[0])
+    chex.assert_trees_all_equal(coreset, compressor(jax.random.key(0), *cache, size=SIZE))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 0}, "size must be at least 1"),
+        ({"size": 3.0}, "size must be a static Python int"),
+        ({"keys": np.zeros((COUNT, WIDTH))}, "rank of keys"),
+        ({"keys": np.zeros((*LEADING, COUNT - 1, WIDTH))}, "as many pairs"),
+        ({"keys": np.zeros((*LEADING, COUNT, WIDTH), int)}, "floating dtype"),
+        ({"lengths": np.full(LEADING, COUNT + 1)}, "lengths must lie in"),
+        ({"lengths": np.full(LEADING[:1], COUNT)}, "leading axes"),
+    ],
+)
+def test_bad_arguments_are_refused(compressor, cache, change, message):
+    arguments = {"keys": cache[0], "values": cache[1], "size": SIZE, **change}
+    with pytest.raises(ValueError, match=message):
+        compressor(jax.random.key(0), **arguments)

@@ -1,0 +1,50 @@
+"""The environment that JAX must find when it is first imported, and what all tests share."""
+
+import os
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Tests that run a program in a process of its own hand the same environment on.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Four CPU devices make a mesh. One thread an operation, since every core has a worker.
+for flag in ("--xla_force_host_platform_device_count=4", "--xla_cpu_multi_thread_eigen=false"):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+for library in ("MKL", "OMP", "OPENBLAS"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
+# Most of the time goes into compilation. JAX names a stored program after its text, the versions,
+# the flags and the machine, so that a stale one is never taken.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+# The first example compiles; and the same examples are drawn in every run.
+settings.register_profile("coreset", deadline=None, derandomize=True)
+settings.load_profile("coreset")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One worker a core that this process may use, and no more than memory surely holds."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), 8)
+    return min(os.cpu_count() or 1, 8)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Double precision for one test."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
