@@ -29,6 +29,7 @@ class Reduction(NamedTuple):
         few keys lie far out.
       value_center: mean value :math:`\bar v`, ``[..., dv]``.
       value_radius: :math:`\max_i \|v_i - \bar v\|`, ``[...]`` (1 where all values agree).
+      value_spread: root mean square of the unit values' norms, ``[...]``, at most 1.
       rho: radius of the unit queries, ``[...]``.
       scale: the softmax scale that the unit queries have absorbed, ``[...]``.
     """
@@ -38,6 +39,7 @@ class Reduction(NamedTuple):
     key_spread: Float[Array, "*heads"]
     value_center: Float[Array, "*heads dv"]
     value_radius: Float[Array, "*heads"]
+    value_spread: Float[Array, "*heads"]
     rho: Float[Array, "*heads"]
     scale: Float[Array, "*heads"]
 
@@ -133,7 +135,7 @@ def reduce(
     validation.check_lengths(lengths, keys)
     check_radius(keys, rho, query_norm, queries, scale)
     key_center, key_radius, key_spread = _center_radius_spread(keys, lengths)
-    value_center, value_radius, _ = _center_radius_spread(values, lengths)
+    value_center, value_radius, value_spread = _center_radius_spread(values, lengths)
     dtype = key_radius.dtype
     softmax_scale = jnp.full_like(
         key_radius, default_scale(keys.shape[-1]) if scale is None else scale
@@ -155,6 +157,7 @@ def reduce(
         key_spread,
         value_center,
         value_radius,
+        value_spread,
         jnp.broadcast_to(radius, key_radius.shape),
         softmax_scale,
     )

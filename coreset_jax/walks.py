@@ -89,14 +89,14 @@ def self_balancing(
 
     .. math::
        P(y_p = +1) = \tfrac12 - \frac{\langle u_p, \sum_{q<p} y_q u_q\rangle}{2c}
-       \text{ clipped to } [0, 1], \qquad u_p = (w_{2p} - w_{2p+1})/2
+       \text{ clipped to } [0, 1], \qquad u_p = \frac{w_{2p} - w_{2p+1}}{2 \max_i \|w_i\|}
 
     The walk's guarantee (:math:`O(\sqrt{\log n})`-subgaussian) asks for
     :math:`c = 30\log(n/\delta)`; a small constant does better in practice.
 
     Args:
       rng: a JAX random key.
-      gram: Gram matrix ``[b, b]`` of vectors of norm at most one, ``b`` even.
+      gram: Gram matrix ``[b, b]``, ``b`` even.
       field: pull of what is there already ``[b]``.
       count: vectors that take part, even.
       constant: the constant :math:`c`.
@@ -108,8 +108,10 @@ def self_balancing(
       Alweiss, Liu, Sawhney, *Discrepancy minimization via a self-balancing walk*, STOC 2021.
     """
     pair_gram, pair_field, active = _pair_problem(gram, field, count)
-    # Differences have norm at most two; halved, they are the unit vectors of the theorem.
-    pair_gram, pair_field = pair_gram / 4, pair_field / 2
+    # The theorem is about vectors of norm at most one.
+    largest = jnp.max(jnp.diagonal(gram))
+    square = 4 * jnp.where(largest > 0, largest, 1)
+    pair_gram, pair_field = pair_gram / square, pair_field / square
     uniforms = jax.random.uniform(rng, pair_field.shape, pair_field.dtype)
 
     def step(p: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -284,8 +286,6 @@ def swap_refinement(
       Signs ``[b]`` of no higher energy.
     """
     diagonal = jnp.diagonal(gram)
-    # Rounding must not let two swaps undo each other forever.
-    tolerance = 1e-6 * jnp.max(jnp.abs(diagonal))
 
     def improve(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         swaps, signs, pull, _ = state
@@ -293,6 +293,8 @@ def swap_refinement(
         row = gram[drop]
         change = jnp.where(signs < 0, pull + diagonal - 2 * row, jnp.inf)
         take = jnp.argmin(change)
+        # Rounding must not let two swaps undo each other forever.
+        tolerance = 1e-6 * (diagonal[drop] + diagonal[take])
         better = change[take] - pull[drop] + diagonal[drop] < -tolerance
         step = jnp.where(better, 2.0, 0.0).astype(pull.dtype)
         signs = signs.at[drop].add(-step).at[take].add(step)
