@@ -108,19 +108,14 @@ def _spare_heaviest(level: Level, halved: Int[Array, ""], norms: Float[Array, " 
     return level._replace(indices=level.indices[order], doubled=level.doubled[order])
 
 
-def _empty_field(
-    rng: Array, everything: UnitPairs, length: Int[Array, ""], radius: Array, settings: _Settings
-) -> Field:
-    """A field without discrepancy, seen by all pairs or by landmarks among them."""
-    if settings.landmarks is None:
-        return ExactField.empty(everything, radius)
-    count, width = everything.indices.shape[0], everything.values.shape[-1]
-    landmarks = min(settings.landmarks, count)
-    # Stratified over the sequence, so that every stretch of it is known.
-    offsets = jax.random.uniform(rng, (landmarks,), radius.dtype)
+def _landmark_places(
+    rng: Array, landmarks: int, count: int, length: Int[Array, ""]
+) -> Int[Array, " l"]:
+    """Random places, stratified over the sequence so that every stretch of it is known."""
+    landmarks = min(landmarks, count)
+    offsets = jax.random.uniform(rng, (landmarks,), jnp.float32)
     places = ((jnp.arange(landmarks) + offsets) * (length / landmarks)).astype(jnp.int32)
-    keys = everything.keys[jnp.minimum(places, length - 1)]
-    return LandmarkField.empty(keys, radius, width, ridge=settings.ridge)
+    return jnp.minimum(places, length - 1)
 
 
 def _compress_head(
@@ -203,8 +198,13 @@ def _compress_head(
             max_swaps=settings.max_swaps,
         )
 
-    everything = unit_pairs(keys, values, places)
-    field = _empty_field(landmark_rng, everything, length, radius, settings)
+    field: Field
+    if settings.landmarks is None:
+        field = ExactField.empty(load(places, places < length), radius)
+    else:
+        spots = _landmark_places(landmark_rng, settings.landmarks, count, length)
+        landmarks = load(spots, jnp.ones_like(spots, bool)).keys
+        field = LandmarkField.empty(landmarks, radius, values.shape[-1], ridge=settings.ridge)
     level = Level(places, jnp.zeros_like(places, bool), length, field)
     level = jax.lax.fori_loop(0, levels, step, level)
 

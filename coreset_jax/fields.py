@@ -151,9 +151,7 @@ class LandmarkField(NamedTuple):
         kernel = exponential_kernel(pairs.keys, self.landmarks, self.radius)
         ones = jnp.ones_like(pairs.values[:, :1])
         signed = signs[:, None] * jnp.concatenate([pairs.values, ones], axis=-1)
-        return self._replace(
-            moments=self.moments + jnp.matmul(kernel.T, signed, precision=HIGHEST)
-        )
+        return self._replace(moments=self.moments + jnp.matmul(kernel.T, signed, precision=HIGHEST))
 
     def halve(self) -> "LandmarkField":
         """The field of half the discrepancy."""

@@ -163,9 +163,7 @@ def reduce(
     )
 
 
-def unit_keys(
-    reduction: Reduction, keys: Float[Array, "*heads n d"]
-) -> Float[Array, "*heads n d"]:
+def unit_keys(reduction: Reduction, keys: Float[Array, "*heads n d"]) -> Float[Array, "*heads n d"]:
     r"""Centered keys of norm at most one: :math:`(k - \bar k)/\kappa`."""
     centered = keys - reduction.key_center[..., None, :]
     return centered / reduction.key_radius[..., None, None]

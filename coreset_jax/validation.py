@@ -59,7 +59,7 @@ def check_size(size: object) -> None:
 
 
 def check_positive(name: str, value: ArrayLike | None, leading: tuple[int, ...] = ()) -> None:
-    """Raises ``ValueError`` unless ``value`` is positive, finite and a scalar or of shape ``leading``.
+    """Raises ``ValueError`` unless ``value`` is positive, finite, and one number or one a head.
 
     ``None`` passes; a traced value has only its shape checked.
     """
@@ -104,7 +104,7 @@ def check_lengths(lengths: Any, keys: Any) -> None:
 
 
 def check_indices(indices: Any, keys: Any) -> None:
-    """Raises ``ValueError`` unless ``indices`` are integers ``[..., m]`` beside keys ``[..., n, d]``."""
+    """Raises ``ValueError`` unless ``indices`` are integers ``[..., m]`` that fit the keys."""
     if not hasattr(indices, "shape") or not hasattr(indices, "dtype"):
         raise ValueError(f"indices must be an array, got {type(indices).__name__}.")
     if not jnp.issubdtype(indices.dtype, jnp.integer):

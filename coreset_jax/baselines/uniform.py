@@ -11,6 +11,7 @@ from coreset_jax import validation
 from coreset_jax.attention import accumulation_dtype
 from coreset_jax.coreset import Compressor, Coreset, gather, over_heads, whole_cache
 
+
 def _sample_head(
     rng: Array,
     keys: Float[Array, "n d"],

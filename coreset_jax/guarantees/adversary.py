@@ -15,18 +15,12 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from coreset_jax import problem, validation
-from coreset_jax.attention import accumulation_dtype, finish, partial_attention
+from coreset_jax.attention import accumulation_dtype
 from coreset_jax.coreset import Coreset, attend, whole_cache
+from coreset_jax.guarantees.candidates import candidates, unit_vectors
 
-# Candidates screened for each ascent; to screen one costs half a step.
-_CANDIDATES_PER_START = 8
-
-# After a quarter of the steps every ascent has settled in its basin; the best quarter go on.
-_SETTLING_SHARE = 4
-_FINALIST_SHARE = 4
-
-# Pairs that stand for the whole source where a guess is all that is needed.
-_SAMPLE = 256
+# To screen a candidate costs half a step.
+_CANDIDATES_PER_START = 16
 
 
 class Adversary(NamedTuple):
@@ -134,145 +128,6 @@ def _output_and_gradient(
     return jnp.where(total > 0, output, jnp.full_like(output, jnp.inf)), gradient
 
 
-def _unit(vectors: Float[Array, "s width"]) -> Float[Array, "s width"]:
-    """The vectors scaled to norm one; zero where a vector is zero or not finite."""
-    norms = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-    usable = jnp.isfinite(norms) & (norms > 0)
-    ones = jnp.ones_like(norms)
-    return jnp.where(usable, vectors / jnp.where(usable, norms, ones), jnp.zeros_like(vectors))
-
-
-def _imbalance(source: Coreset, coreset: Coreset) -> Float[Array, " n"]:
-    r"""What the two sides disagree by at each source pair, :math:`y_i = 1/n - w_i / \sum w`."""
-    masses = jnp.exp(coreset.log_weights)
-    if coreset.normalizers is not None:
-        masses = masses * coreset.normalizers
-    count = source.keys.shape[0]
-    # An index of -1 would count from the end; one past the end is dropped.
-    rows = jnp.where(coreset.indices < 0, count, coreset.indices)
-    kept = jnp.zeros_like(source.log_weights).at[rows].add(masses / jnp.sum(masses), mode="drop")
-    return jax.nn.softmax(source.log_weights) - kept
-
-
-def _draw(rng: Array, logits: Float[Array, " n"], count: int) -> Int[Array, " count"]:
-    """At most ``count`` places drawn without replacement in proportion to ``exp(logits)``."""
-    perturbed = logits + jax.random.gumbel(rng, logits.shape, logits.dtype)
-    return jax.lax.top_k(perturbed, min(count, logits.shape[0]))[1]
-
-
-def _peaks(
-    rng: Array,
-    imbalance: Float[Array, " n"],
-    source: Coreset,
-    rho: Float[Array, ""],
-    block_size: int,
-) -> Float[Array, " n"]:
-    r"""The error to expect where each key's own direction asks, if only that key makes it.
-
-    .. math::
-       \frac{a_i}{1 + a_i} \|v_i - \mathrm{Attn}(q_i)\|, \qquad
-       a_i = \frac{|y_i| e^{\langle q_i, k_i\rangle}}{Z(q_i) / n}, \qquad
-       q_i = \rho\,\frac{k_i}{\|k_i\|}
-
-    with Attn and Z of a sample of the pairs, so that all keys can be looked at.
-    """
-    sample = _draw(rng, source.log_weights, _SAMPLE)
-    keys, values = source.keys[sample], source.values[sample]
-    log_weights = jax.nn.log_softmax(source.log_weights[sample])
-
-    def expected(pair: tuple[Array, Array, Array]) -> Float[Array, ""]:
-        key, value, weight = pair
-        state = partial_attention(rho * _unit(key[None]), keys, values, log_weights, scale=1.0)
-        background = state.maximum[0] + jnp.log(state.total[0])
-        share = jax.nn.sigmoid(jnp.log(weight) + rho * jnp.linalg.norm(key) - background)
-        return share * jnp.linalg.norm(value - finish(state)[0])
-
-    pairs = (source.keys, source.values, jnp.abs(imbalance))
-    return jax.lax.map(expected, pairs, batch_size=min(block_size, imbalance.shape[0]))
-
-
-def _candidates(
-    rng: Array,
-    source: Coreset,
-    coreset: Coreset,
-    rho: Float[Array, ""],
-    starts: int,
-    block_size: int,
-) -> Float[Array, "candidates d"]:
-    """Points of the unit ball that a worst query may be near, kind after kind."""
-    count, width = source.keys.shape
-    value_width = source.values.shape[1]
-    dtype = source.keys.dtype
-    key_rng, peak_rng, direction_rng, radius_rng = jax.random.split(rng, 4)
-
-    # At a large radius the worst query singles out a key that the two sides weigh differently.
-    imbalance = _imbalance(source, coreset)
-    scores = _peaks(peak_rng, imbalance, source, rho, block_size)
-    _, order = jax.lax.top_k(scores, min(2 * starts, count))
-    peaks = _unit(source.keys[order])
-    # Others at random, in proportion to that difference.
-    order = _draw(key_rng, jnp.log(jnp.abs(imbalance)), starts)
-    some_keys = _unit(source.keys[order])
-
-    # The first degree of the error: the right singular vectors of its Jacobian at the centre.
-    centers, identity = jnp.zeros((value_width, width), dtype), jnp.eye(value_width, dtype=dtype)
-    _, source_jacobian = _output_and_gradient(centers, identity, source, block_size)
-    _, coreset_jacobian = _output_and_gradient(centers, identity, coreset, block_size)
-    _, _, singular = jnp.linalg.svd(source_jacobian - coreset_jacobian, full_matrices=False)
-    singular = singular[:starts]
-
-    # The rest at random, of any radius: when scores saturate the worst query may lie inside.
-    fixed = [some_keys, -some_keys, peaks, singular, -singular]
-    remaining = _CANDIDATES_PER_START * starts - sum(points.shape[0] for points in fixed)
-    random = _unit(jax.random.normal(direction_rng, (remaining, width), dtype))
-    radii = jax.random.uniform(radius_rng, (remaining, 1), dtype)
-    return jnp.concatenate([*fixed, random * radii])
-
-
-def _ascend(
-    state: _Ascent,
-    transformation: optax.GradientTransformation,
-    source: Coreset,
-    coreset: Coreset,
-    rho: Float[Array, ""],
-    steps: int,
-    block_size: int,
-) -> _Ascent:
-    r"""Climbs :math:`\max_u \langle u, \mathrm{Attn}(q) - \mathrm{Attn}'(q)\rangle` in q and u.
-
-    Each step is a gradient step in q at the last u, followed by the best u: the direction of the
-    error itself.
-    """
-
-    def step(state: _Ascent, _: None) -> tuple[_Ascent, None]:
-        queries = rho * state.points
-        output, gradient = _output_and_gradient(queries, state.directions, source, block_size)
-        output_kept, gradient_kept = _output_and_gradient(
-            queries, state.directions, coreset, block_size
-        )
-        difference = output - output_kept
-        errors = jnp.linalg.norm(difference, axis=-1)
-        better = errors > state.best_errors
-        best_errors = jnp.where(better, errors, state.best_errors)
-        best_points = jnp.where(better[:, None], state.points, state.best_points)
-        updates, optimizer = jax.vmap(transformation.update)(
-            _unit(gradient_kept - gradient), state.optimizer
-        )
-        points = optax.apply_updates(state.points, updates)
-        points = jax.vmap(optax.projections.projection_l2_ball)(points)
-        return _Ascent(points, _unit(difference), optimizer, best_points, best_errors), None
-
-    state, _ = jax.lax.scan(step, state, None, length=steps)
-    return state
-
-
-def _shifted(pairs: Coreset, offset: Float[Array, " dv"]) -> Coreset:
-    """The pairs with outputs lowered by ``offset``."""
-    if pairs.normalizers is None:
-        return pairs._replace(values=pairs.values - offset)
-    return pairs._replace(values=pairs.values - offset * pairs.normalizers[:, None])
-
-
 def _search_head(
     rng: Array,
     source: Coreset,
@@ -282,55 +137,62 @@ def _search_head(
     starts: int,
     steps: int,
     block_size: int,
-) -> tuple[Float[Array, ""], Float[Array, " d"], Float[Array, " starts"]]:
-    """The worst error, the point of the unit ball that reaches it, and the errors of all starts."""
+) -> tuple[Float[Array, " starts"], Float[Array, "starts d"]]:
+    r"""The largest error that each ascent meets, and the point of the unit ball where it does.
+
+    Each step of :math:`\max_{q, u} \langle u, \mathrm{Attn}(q) - \mathrm{Attn}'(q)\rangle` is a
+    gradient step in q at the last u, then the best u: the direction of the error itself.
+    """
 
     def difference(points: Float[Array, "s d"]) -> Float[Array, "s dv"]:
         return attend(rho * points, source, scale=1.0, block_size=block_size) - attend(
             rho * points, coreset, scale=1.0, block_size=block_size
         )
 
-    # Candidates compete in groups of one kind: the best eighth of all would crowd into few basins.
-    candidates = _candidates(rng, source, coreset, rho, starts, block_size)
-    screened = jax.lax.map(difference, candidates.reshape(-1, starts, candidates.shape[-1]))
+    # Candidates compete in groups of one kind: the best of all would crowd into few basins.
+    count = _CANDIDATES_PER_START * starts
+    points = candidates(rng, source, coreset, rho, count, block_size=block_size)
+    screened = jax.lax.map(difference, points.reshape(-1, starts, points.shape[-1]))
     screened = screened.reshape(starts, _CANDIDATES_PER_START, -1)
     errors = jnp.linalg.norm(screened, axis=-1)
-    winners = jnp.argmax(errors, axis=-1)[:, None]
-    points = jnp.take_along_axis(
-        candidates.reshape(starts, _CANDIDATES_PER_START, -1), winners[..., None], axis=1
-    )[:, 0]
-    directions = _unit(jnp.take_along_axis(screened, winners[..., None], axis=1)[:, 0])
+    winners = jnp.argmax(errors, axis=-1)
 
+    def winning(groups: Float[Array, "starts candidates width"]) -> Float[Array, "starts width"]:
+        return jnp.take_along_axis(groups, winners[:, None, None], axis=1)[:, 0]
+
+    points = winning(points.reshape(starts, _CANDIDATES_PER_START, -1))
     # A step of unit gradients, not of Adam: its scaling by coordinate bends the direction, and a
     # projected ascent then rests where the error still grows along the sphere.
     transformation = optax.sgd(optax.cosine_decay_schedule(learning_rate, steps))
     state = _Ascent(
-        points,
-        directions,
-        jax.vmap(transformation.init)(points),
-        points,
-        jnp.take_along_axis(errors, winners, axis=1)[:, 0],
+        points=points,
+        directions=unit_vectors(winning(screened)),
+        optimizer=jax.vmap(transformation.init)(points),
+        best_points=points,
+        best_errors=winning(errors[..., None])[:, 0],
     )
-    settling = steps // _SETTLING_SHARE
-    state = _ascend(state, transformation, source, coreset, rho, settling, block_size)
-    start_errors = state.best_errors
-    _, finalists = jax.lax.top_k(start_errors, max(1, starts // _FINALIST_SHARE))
-    state = jax.tree.map(lambda rows: rows[finalists], state)
-    state = _ascend(state, transformation, source, coreset, rho, steps - settling, block_size)
 
-    # The difference of two outputs of size one is good to 1e-7 at best. With the values measured
-    # from the output itself only the difference is left to round.
-    best = jnp.argmax(state.best_errors)
-    point = state.best_points[best]
-    query = rho * point[None]
-    kept = attend(query, coreset, scale=1.0, block_size=block_size)[0]
-    careful = attend(query, _shifted(source, kept), scale=1.0, block_size=block_size) - attend(
-        query, _shifted(coreset, kept), scale=1.0, block_size=block_size
-    )
-    error = jnp.where(
-        jnp.isfinite(state.best_errors[best]), jnp.linalg.norm(careful), state.best_errors[best]
-    )
-    return error, point, start_errors.at[finalists].set(state.best_errors)
+    def step(state: _Ascent, _: None) -> tuple[_Ascent, None]:
+        queries = rho * state.points
+        given, given_gradient = _output_and_gradient(queries, state.directions, source, block_size)
+        kept, kept_gradient = _output_and_gradient(queries, state.directions, coreset, block_size)
+        errors = jnp.linalg.norm(given - kept, axis=-1)
+        better = errors > state.best_errors
+        # optax descends.
+        updates, optimizer = jax.vmap(transformation.update)(
+            unit_vectors(kept_gradient - given_gradient), state.optimizer
+        )
+        points = optax.apply_updates(state.points, updates)
+        return _Ascent(
+            points=jax.vmap(optax.projections.projection_l2_ball)(points),
+            directions=unit_vectors(given - kept),
+            optimizer=optimizer,
+            best_points=jnp.where(better[:, None], state.points, state.best_points),
+            best_errors=jnp.where(better, errors, state.best_errors),
+        ), None
+
+    state, _ = jax.lax.scan(step, state, None, length=steps)
+    return state.best_errors, state.best_points
 
 
 @functools.partial(jax.jit, static_argnames=("starts", "steps", "block_size"))
@@ -380,9 +242,7 @@ def _adversary(
             normalizers,
         )
 
-    def search(
-        number: Array, source: Coreset, coreset: Coreset, rho: Array
-    ) -> tuple[Array, Array, Array]:
+    def search(number: Array, source: Coreset, coreset: Coreset, rho: Array) -> tuple[Array, Array]:
         head_rng = jax.random.fold_in(rng, number)
         rate = jnp.asarray(learning_rate, dtype)
         return _search_head(head_rng, source, coreset, rho, rate, starts, steps, block_size)
@@ -394,16 +254,14 @@ def _adversary(
         number = number * width + jax.lax.broadcasted_iota(jnp.int32, leading, axis)
     for _ in leading:
         search = jax.vmap(search)
-    error, point, errors = search(
-        number, unit(whole_cache(keys, values, lengths)), unit(coreset), reduction.rho
-    )
-    query = problem.restore_queries(reduction, (reduction.rho[..., None] * point)[..., None, :])
-    return Adversary(
-        error * reduction.value_radius,
-        query[..., 0, :],
-        errors * reduction.value_radius[..., None],
-        reduction.rho,
-    )
+    source = unit(whole_cache(keys, values, lengths))
+    errors, points = search(number, source, unit(coreset), reduction.rho)
+    errors = errors * reduction.value_radius[..., None]
+    best = jnp.argmax(errors, axis=-1, keepdims=True)
+    point = jnp.take_along_axis(points, best[..., None], axis=-2)
+    query = problem.restore_queries(reduction, reduction.rho[..., None, None] * point)
+    error = jnp.take_along_axis(errors, best, axis=-1)
+    return Adversary(error[..., 0], query[..., 0, :], errors, reduction.rho)
 
 
 def _check_count(name: str, value: object) -> None:
@@ -438,7 +296,7 @@ def adversary(
     queries: Float[Array, "*heads q d"] | None = None,
     scale: float | None = None,
     lengths: Int[Array, "*heads"] | None = None,
-    starts: int = 64,
+    starts: int = 32,
     steps: int = 40,
     learning_rate: float = 1.0,
     block_size: int = 1024,
@@ -449,10 +307,10 @@ def adversary(
        \sup_{\|q\| \le R} \; \| \mathrm{Attn}(q) - \mathrm{Attn}'(q) \|, \qquad
        R = \frac{\rho}{\mathrm{scale} \cdot \max_i \|k_i - \bar k\|}
 
-    from below, by projected gradient ascent. Candidates (random points, keys and their opposites,
-    keys weighted by what they can attract, and the singular vectors of the error's first degree)
-    are screened, the best climb, and the best of those climb to the top. The ball has the raw
-    query 0 at its centre, whatever the mean of the keys.
+    from below, by projected gradient ascent. Candidates (keys that the coreset weighs differently,
+    chosen by what they can attract and at random, the singular vectors of the error's first
+    degree, and random points) are screened, and the best climb. The ball has the raw query 0 at
+    its centre, whatever the mean of the keys.
 
     Args:
       rng: a JAX random key; every head gets a fold of its own.
@@ -489,7 +347,7 @@ def adversary(
     >>> coreset = cj.compress(jax.random.key(1), keys, values, size=64, rho=1.0)
     >>> worst = adversary(jax.random.key(2), keys, values, coreset, rho=1.0)
     >>> worst.query.shape, worst.errors.shape
-    ((16,), (64,))
+    ((16,), (32,))
     >>> query = worst.query[None]
     >>> difference = cj.attention(query, keys, values) - cj.attend(query, coreset)
     >>> bool(abs(jax.numpy.linalg.norm(difference) - worst.error) < 1e-5)
