@@ -83,8 +83,11 @@ def _center_radius_spread(
         squares = jnp.where(inside, squares, jnp.zeros_like(squares))
         mean = jnp.sum(squares, axis=-1) / total
     radius = jnp.sqrt(jnp.max(squares, axis=-1))
-    radius = jnp.where(radius == 0, jnp.ones_like(radius), radius)
-    return center, radius, jnp.sqrt(mean) / radius
+    # Rows that all agree differ from their mean by its rounding, which must not be blown up.
+    rounding = 4 * jnp.finfo(array.dtype).eps * jnp.max(jnp.abs(array), axis=(-2, -1))
+    agree = radius <= rounding * array.shape[-1] ** 0.5
+    spread = jnp.where(agree, 0, jnp.sqrt(mean) / radius)
+    return center, jnp.where(agree, jnp.ones_like(radius), radius), spread
 
 
 def reduce(

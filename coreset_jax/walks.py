@@ -126,7 +126,7 @@ def self_balancing(
 
 
 class _GramSchmidtState(NamedTuple):
-    inverse: Float[Array, "b b"]
+    root: Float[Array, "b b"]
     position: Float[Array, " b"]
     alive: Bool[Array, " b"]
 
@@ -145,9 +145,10 @@ def gram_schmidt_rounding(
     With the alive set :math:`A`, its pivot :math:`p` and
     :math:`M = (G_{AA} + \lambda I)^{-1}`, each step moves along :math:`u_A = M e_p / M_{pp}`
     (the combination of the alive vectors that is shortest with :math:`u_p = 1`) to one of the
-    two faces it meets, each with probability inverse to its distance. Frozen elements leave
-    :math:`M` by a rank-one downdate. :math:`\sum_i (x_i - x_i^0) w_i` is subgaussian with
-    constant 1 for vectors of norm at most one.
+    two faces it meets, each with probability inverse to its distance. A frozen element leaves
+    :math:`M = W W^\top` by a projection of the rows of :math:`W`.
+    :math:`\sum_i (x_i - x_i^0) w_i` is subgaussian with constant 1 for vectors of norm at most
+    one.
 
     Args:
       rng: a JAX random key.
@@ -178,15 +179,22 @@ def gram_schmidt_rounding(
     scale = jnp.where(scale > 0, scale, jnp.ones_like(scale))
     # Elements that take no part get the identity: invertible, and untouched by the others.
     regular = jnp.where(both, gram / scale, 0) + jnp.where(alive, ridge, 1.0) * eye
-    inverse = jnp.where(both, jnp.linalg.inv(regular), 0)
+    # M = W W^T is kept by its root: what is left of M after many downdates is small beside M, and
+    # would drown in its rounding.
+    root = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(regular), eye, lower=True).T
+    root = jnp.where(both, root, 0)
+    # (A^-1)_ii is never below 1 / A_ii.
+    least = 1 / jnp.diagonal(regular)
     tiny = jnp.finfo(dtype).tiny
+    highest = jax.lax.Precision.HIGHEST
 
     def step(index: Array, state: _GramSchmidtState) -> _GramSchmidtState:
-        inverse, position, alive = state
+        root, position, alive = state
         pivot = jnp.argmax(jnp.where(alive, priority, -1.0))
-        column = inverse[pivot]
+        column = jnp.matmul(root, root[pivot], precision=highest)
+        column = column.at[pivot].max(least[pivot])
         if balanced:
-            ones = jnp.sum(inverse, axis=1)
+            ones = jnp.matmul(root, jnp.sum(root, axis=0), precision=highest)
             total = jnp.sum(ones)
             determinant = column[pivot] * total - ones[pivot] ** 2
             determinant = jnp.where(jnp.abs(determinant) > tiny, determinant, 1.0)
@@ -210,14 +218,15 @@ def gram_schmidt_rounding(
         face = jnp.where(goes_up, jnp.sign(direction[frozen]), -jnp.sign(direction[frozen]))
         face = jnp.where(alone, jnp.where(position[frozen] < 0, -1.0, 1.0), face)
         position = position.at[frozen].set(face)
-        row = inverse[frozen]
-        inverse = inverse - row[:, None] * row[None, :] / jnp.maximum(row[frozen], tiny)
-        inverse = inverse.at[frozen].set(0).at[:, frozen].set(0)
+        row = root[frozen]
+        square = jnp.maximum(jnp.sum(jnp.square(row)), least[frozen])
+        overlaps = jnp.matmul(root, row, precision=highest) / square
+        root = (root - overlaps[:, None] * row).at[frozen].set(0)
         done = ~jnp.any(alive)
-        new = _GramSchmidtState(inverse, position, alive.at[frozen].set(False))
+        new = _GramSchmidtState(root, position, alive.at[frozen].set(False))
         return jax.tree.map(lambda a, b: jnp.where(done, a, b), state, new)
 
-    state = _GramSchmidtState(inverse, start, alive)
+    state = _GramSchmidtState(root, start, alive)
     return jax.lax.fori_loop(0, width, step, state).position
 
 

@@ -163,7 +163,8 @@ def _search_head(
     points = winning(points.reshape(starts, _CANDIDATES_PER_START, -1))
     # A step of unit gradients, not of Adam: its scaling by coordinate bends the direction, and a
     # projected ascent then rests where the error still grows along the sphere.
-    transformation = optax.sgd(optax.cosine_decay_schedule(learning_rate, steps))
+    half = steps // 2
+    transformation = optax.sgd(optax.linear_schedule(learning_rate, 0.0, steps - half, half))
     state = _Ascent(
         points=points,
         directions=unit_vectors(winning(screened)),
@@ -326,8 +327,8 @@ def adversary(
       starts: ascents of a head, static. Up to ``rho = 4`` a few find the supremum; beyond, local
         maxima multiply and more starts find more.
       steps: gradient steps of an ascent, static.
-      learning_rate: length of the first step in radii of the ball; steps shrink to nothing by a
-        cosine.
+      learning_rate: length of a step in radii of the ball; it shrinks to nothing in the second
+        half of the steps.
       block_size: pairs per step of each pass, static: a head holds ``starts * block_size`` scores.
 
     Returns:
