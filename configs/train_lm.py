@@ -28,7 +28,7 @@ def get_config(variant: str = "shipped") -> ml_collections.ConfigDict:
             "num_query_heads": 4,
             "num_kv_heads": 2,
             "head_dim": 64,
-            "mlp_dim": 512,
+            "mlp_dim": 704,
             "bigram_buckets": 8192,
             "trigram_buckets": 16384,
             "ngram_dim": 64,
@@ -39,12 +39,13 @@ def get_config(variant: str = "shipped") -> ml_collections.ConfigDict:
     # has AVX512-BF16; sums, parameters, optimizer and residual stream are float32 in any case.
     config.matmul_dtype = "bfloat16"
     # (steps, sequences a step, bytes a sequence): short and cheap first, long at the end.
-    config.phases = ((700, 24, 256), (330, 6, 1024), (140, 2, 4096))
+    config.phases = ((800, 24, 256), (450, 6, 1024), (190, 2, 4096))
     config.muon_learning_rate = 0.02
     config.adam_learning_rate = 0.004
+    config.adam_weight_decay = 0.1
     config.warmup_steps = 100
     # The learning rate falls linearly to zero from this step to the last.
-    config.decay_start = 930
+    config.decay_start = 1000
     config.max_gradient_norm = 1.0
     config.log_every = 20
     config.evaluate_every = 250

@@ -353,13 +353,15 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], constant: float) -> None:
             label=style.label,
         )
     sizes = lines[0].sizes
+    lowest = min(line.errors[0].min() for line in lines)
     if math.isfinite(constant):
         label = rf"theory, ${constant:.3f}\,\sqrt{{d}}\,e^\rho/m$"
         errors = constant * theory_error(lines[0])
+        lowest = min(lowest, errors[0])
         axes.plot(sizes, errors, color="#555555", linewidth=4, alpha=0.35, label=label, zorder=0)
 
     # Guides in the corner that the curves leave free: a line parallel to one has its rate.
-    corner = 0.25 * min(line.errors[0].min() for line in lines)
+    corner = 0.25 * lowest
     reach = np.array([sizes[0], math.sqrt(sizes[0] * sizes[-1])])
     for exponent, text in ((-0.5, "slope −1/2"), (-1.0, "slope −1")):
         heights = corner * (reach / reach[0]) ** exponent

@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import config_flags
 
-from experiments import lm, text
+from experiments import decoder, lm, text
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/train_lm.py")
 _OUTPUT = flags.DEFINE_string("output", "/tmp/train_lm", "folder for checkpoints, log and model")
@@ -75,12 +75,16 @@ def learning_rate_factor(config: ml_collections.ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """Muon for the matrices of the blocks, Adam for embeddings, norms and the head."""
+    """Muon for the matrices of the MLPs, AdamW for everything else.
+
+    Muon's updates are orthogonal: attention projections trained by it stay of full rank, and the
+    keys and values with them, unlike those of models trained by AdamW.
+    """
     factor = learning_rate_factor(config)
 
     def dimension_numbers(parameters: Any) -> Any:
         def of(path: tuple[Any, ...], leaf: Array) -> Any:
-            inside = "blocks" in jax.tree_util.keystr(path) and leaf.ndim == 2
+            inside = "mlp" in jax.tree_util.keystr(path) and leaf.ndim == 2
             return optax.contrib.MuonDimensionNumbers() if inside else None
 
         return jax.tree_util.tree_map_with_path(of, parameters)
@@ -91,6 +95,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
             lambda count: config.muon_learning_rate * factor(count),
             adam_learning_rate=lambda count: config.adam_learning_rate * factor(count),
             adam_b2=0.99,
+            adam_weight_decay=config.adam_weight_decay,
             muon_weight_dimension_numbers=dimension_numbers,
         ),
     )
@@ -187,14 +192,14 @@ def bfloat16_dot_general(
     return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-_DOT_GENERALS: dict[str, lm.DotGeneral] = {
+_DOT_GENERALS: dict[str, decoder.DotGeneral] = {
     "float32": jax.lax.dot_general,
     "bfloat16": bfloat16_dot_general,
 }
 
 
 def make_step(
-    graph: nnx.GraphDef[lm.Decoder], optimizer: optax.GradientTransformation
+    graph: nnx.GraphDef[decoder.Decoder], optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, UInt8[Array, "batch width"]], tuple[TrainState, Float[Array, ""]]]:
     """Return the compiled step: `(state, batch) -> (state, bits per byte of the batch)`."""
 
@@ -248,7 +253,7 @@ def read_checkpoint(path: pathlib.Path, like: TrainState) -> TrainState:
 
 def train(
     config: ml_collections.ConfigDict, output: pathlib.Path, until: int | None = None
-) -> lm.Decoder:
+) -> decoder.Decoder:
     """Train, or go on training, and export the model.
 
     Args:
@@ -270,8 +275,8 @@ def train(
         raise ValueError(
             f"matmul_dtype must be one of {sorted(_DOT_GENERALS)}, got {config.matmul_dtype!r}"
         )
-    model_config = lm.ModelConfig(**config.model)
-    model = lm.Decoder(
+    model_config = decoder.ModelConfig(**config.model)
+    model = decoder.Decoder(
         model_config,
         dot_general=_DOT_GENERALS[config.matmul_dtype],
         rngs=nnx.Rngs(params=config.seed),
@@ -279,7 +284,7 @@ def train(
     graph, parameters = nnx.split(model)
     # The same model with float32 products: what is evaluated and exported is what will be used.
     exact_graph = nnx.graphdef(
-        nnx.eval_shape(lambda: lm.Decoder(model_config, rngs=nnx.Rngs(params=0)))
+        nnx.eval_shape(lambda: decoder.Decoder(model_config, rngs=nnx.Rngs(params=0)))
     )
     optimizer = make_optimizer(config)
     state = TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
@@ -298,7 +303,7 @@ def train(
         total,
     )
 
-    def export(step: int, metadata: dict[str, str]) -> lm.Decoder:
+    def export(step: int, metadata: dict[str, str]) -> decoder.Decoder:
         exact = nnx.merge(exact_graph, state.parameters)
         read = sum(phase.batch * phase.length * steps for phase, steps in _progress(phases, step))
         lm.save(

@@ -297,7 +297,7 @@ def adversary(
     queries: Float[Array, "*heads q d"] | None = None,
     scale: float | None = None,
     lengths: Int[Array, "*heads"] | None = None,
-    starts: int = 32,
+    starts: int = 64,
     steps: int = 40,
     learning_rate: float = 1.0,
     block_size: int = 1024,
@@ -324,8 +324,8 @@ def adversary(
         of the three the radius of the raw queries is ``sqrt(d)``.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
       lengths: valid pairs of each head ``[...]``; ``None`` means all.
-      starts: ascents of a head, static. Up to ``rho = 4`` a few find the supremum; beyond, local
-        maxima multiply and more starts find more.
+      starts: ascents of a head, static. Up to ``rho = 2`` a few find the supremum; beyond, local
+        maxima multiply and more starts find a few percent more.
       steps: gradient steps of an ascent, static.
       learning_rate: length of a step in radii of the ball; it shrinks to nothing in the second
         half of the steps.
@@ -348,7 +348,7 @@ def adversary(
     >>> coreset = cj.compress(jax.random.key(1), keys, values, size=64, rho=1.0)
     >>> worst = adversary(jax.random.key(2), keys, values, coreset, rho=1.0)
     >>> worst.query.shape, worst.errors.shape
-    ((16,), (32,))
+    ((16,), (64,))
     >>> query = worst.query[None]
     >>> difference = cj.attention(query, keys, values) - cj.attend(query, coreset)
     >>> bool(abs(jax.numpy.linalg.norm(difference) - worst.error) < 1e-5)

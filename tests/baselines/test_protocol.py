@@ -1,7 +1,7 @@
-"""What every baseline owes to the protocol of a compressor, whatever it keeps."""
+"""What every compressor owes to the protocol, whatever it keeps."""
 
-import importlib
 import math
+import sys
 
 import chex
 import jax
@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from coreset_jax import baselines
+from coreset_jax import balanced, baselines, walks
 from coreset_jax.coreset import whole_cache
 
 MAKERS = {
     "uniform": baselines.uniform,
     "balance_kv": lambda: baselines.balance_kv(block_size=8),
     "balance_kv_corrected": lambda: baselines.balance_kv(corrected=True, block_size=8),
+    # A walk that draws, and a radius, beside which sample queries have no say.
+    "balanced": lambda: balanced(
+        rho=2.0, walk=walks.self_balancing, block_size=8, landmarks=8, max_swaps=2
+    ),
 }
 # These write weights into the values, so that they are not those of the source.
 WEIGHED_VALUES = {"balance_kv"}
@@ -167,8 +171,7 @@ def test_transformations_change_nothing(compressor, cache):
 
 
 def test_second_call_does_not_retrace(name, cache, monkeypatch):
-    module_name = name.removesuffix("_corrected")
-    module = importlib.import_module(f"coreset_jax.baselines.{module_name}")
+    module = sys.modules[type(MAKERS[name]()).__module__]
     chex.clear_trace_counter()
     monkeypatch.setattr(module, "over_heads", chex.assert_max_traces(module.over_heads, n=1))
     keys, values = (array[0, 0, :31] for array in cache)
