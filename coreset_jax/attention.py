@@ -159,6 +159,9 @@ def attention(
     validation.check_cache(keys, values)
     validation.check_queries(queries, keys)
     validation.check_lengths(lengths, keys)
+    validation.check_positive("scale", scale)
+    if block_size is not None:
+        validation.check_count("block_size", block_size)
     if log_weights is not None and log_weights.shape != keys.shape[:-1]:
         raise ValueError(
             f"log_weights must have shape {keys.shape[:-1]}, one for each pair; "

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from coreset_jax import validation, walks
+from coreset_jax.attention import accumulation_dtype
 from coreset_jax.coreset import Compressor, Coreset, gather, over_heads, whole_cache
 from coreset_jax.fields import ExactField, Field, LandmarkField, UnitPairs
 from coreset_jax.halving import Level, halve
@@ -113,9 +114,10 @@ def _landmark_places(
 ) -> Int[Array, " l"]:
     """Random places, stratified over the sequence so that every stretch of it is known."""
     landmarks = min(landmarks, count)
+    starts = jnp.arange(landmarks, dtype=jnp.float32)
     offsets = jax.random.uniform(rng, (landmarks,), jnp.float32)
-    places = ((jnp.arange(landmarks) + offsets) * (length / landmarks)).astype(jnp.int32)
-    return jnp.minimum(places, length - 1)
+    stride = length.astype(jnp.float32) / landmarks
+    return jnp.minimum(((starts + offsets) * stride).astype(jnp.int32), length - 1)
 
 
 def _compress_head(
@@ -148,7 +150,8 @@ def _compress_head(
     block_size = min(settings.block_size, count + count % 2)
     schedule = _schedule(count, size, block_size, settings.passes, ragged=ragged)
     levels = schedule.blocks.shape[0]
-    places = jnp.arange(count, dtype=jnp.int32)
+    # Made from the keys, so that everything carried varies over the mesh axes that they do.
+    places = jnp.zeros_like(keys[:, 0], jnp.int32) + jnp.arange(count, dtype=jnp.int32)
 
     value_gain = jnp.sqrt(default_value_weight(reduction))
 
@@ -211,8 +214,15 @@ def _compress_head(
     inside = jnp.arange(size) < level.left
     indices = jnp.where(inside, level.indices[:size], count)
     order = jnp.argsort(indices)
+    # A balance that met a NaN (a radius, a sample query, a matrix that would not factor) or an
+    # overflow picks signs all the same: its answer must not look like one.
+    numbers = [reduction.key_radius, reduction.value_radius, radius, level.field]
+    sound = (reduction.rho > 0) & (radius > 0)
+    for number in jax.tree.leaves(numbers):
+        sound &= jnp.all(jnp.isfinite(number))
     multiples = jnp.where(inside, 1 + level.doubled[:size], 0).astype(dtype)[order]
-    log_weights = jnp.log(multiples) + jnp.log(length / jnp.sum(multiples))
+    log_weights = jnp.log(multiples) + jnp.log(length.astype(dtype) / jnp.sum(multiples))
+    log_weights = jnp.where(sound, log_weights, jnp.nan)
     return gather(keys, values, jnp.where(inside, indices[order], -1), log_weights)
 
 
@@ -233,10 +243,11 @@ def _compress(
     head = functools.partial(
         _compress_head, size=size, ragged=lengths is not None, settings=settings
     )
-    zeros = jnp.zeros_like(keys[..., 0, 0], jnp.result_type(jnp.float32, keys.dtype))
+    zeros = jnp.zeros_like(keys[..., 0, 0], accumulation_dtype(keys, values))
     # One a head, sharded as the keys are.
     rho, query_norm, kernel_radius = (
-        None if radius is None else zeros + radius for radius in (rho, query_norm, kernel_radius)
+        None if radius is None else zeros + radius.astype(zeros.dtype)
+        for radius in (rho, query_norm, kernel_radius)
     )
     return over_heads(head, rng, keys, values, lengths, rho, query_norm, queries, kernel_radius)
 
@@ -266,8 +277,9 @@ class _Balanced:
         if size >= keys.shape[-2]:
             return whole_cache(keys, values, lengths)
         # Arrays of one dtype, so that Python numbers and arrays share a trace.
+        dtype = accumulation_dtype(keys, values)
         rho, query_norm, kernel_radius = (
-            None if radius is None else jnp.asarray(radius, jnp.float32)
+            None if radius is None else jnp.asarray(radius, dtype)
             for radius in (self.rho, self.query_norm, self.kernel_radius)
         )
         given = rho is not None or query_norm is not None
@@ -304,10 +316,12 @@ def balanced(
        \sup_{\|q\|\le\rho} \|\mathrm{Attn}(q) - \mathrm{Attn}'(q)\|
          = O\!\left(\sqrt d\, e^{\rho + o(\rho)} / m\right)
 
-    in the unit problem of :func:`coreset_jax.problem.reduce`. Blocks of pairs are balanced in
+    in the unit problem of :func:`coreset_jax.problem.reduce`. That bound is the theorem's, for a
+    subgaussian walk in the kernel of radius ``rho``; the defaults are those that measured best,
+    and are not proved (``docs/balancing.md``). Blocks of pairs are balanced in
     order, each against the field of everything before it, in its own level and in the levels
-    before (:mod:`coreset_jax.halving`). Time is linear in ``n``, and memory above the inputs is
-    one integer a pair and a few ``block_size x block_size`` matrices a head.
+    before (:mod:`coreset_jax.halving`). Time is linear in ``n``, and memory above the inputs
+    a few numbers a pair and a few ``block_size x block_size`` matrices a head.
 
     Args:
       rho: the radius of unit queries, a scalar or ``[...]``.
@@ -348,16 +362,13 @@ def balanced(
     >>> print(jnp.exp(coreset.log_weights).sum(axis=-1).round(3))
     [512. 512. 512. 512.]
     """
-    validation.check_positive("scale", scale)
-    validation.check_positive("ridge", ridge)
-    for name, value, least in (
-        ("block_size", block_size, 2),
-        ("landmarks", 1 if landmarks is None else landmarks, 1),
-        ("max_swaps", max_swaps, 0),
-        ("passes", passes, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an int of at least {least}, got {value!r}.")
+    scale = validation.static_float("scale", scale)
+    ridge = validation.static_float("ridge", ridge)
+    validation.check_count("block_size", block_size, 2)
+    validation.check_count("max_swaps", max_swaps, 0)
+    validation.check_count("passes", passes)
+    if landmarks is not None:
+        validation.check_count("landmarks", landmarks)
     if block_size % 2:
         raise ValueError(f"block_size must be even, got {block_size}.")
     if not callable(walk):

@@ -127,7 +127,8 @@ class LandmarkField(NamedTuple):
           ridge: :math:`\lambda`, relative to the mean of the diagonal of :math:`E_{LL}`.
         """
         gram = exponential_kernel(landmarks, landmarks, radius)
-        eye = jnp.eye(landmarks.shape[0], dtype=gram.dtype)
+        # Made from the Gram matrix: a solver wants both its arguments sharded alike.
+        eye = jnp.zeros_like(gram) + jnp.eye(landmarks.shape[0], dtype=gram.dtype)
         shift = ridge * jnp.mean(jnp.diagonal(gram))
         factor = jax.scipy.linalg.cho_factor(gram + shift * eye)
         solver = jax.scipy.linalg.cho_solve(factor, eye)

@@ -78,7 +78,7 @@ def halve(
     dtype = level.field.radius.dtype
     halved = 2 * (level.left - target)
     rest = level.left - halved
-    lone = (rest == 1) & (2 * target > level.left)
+    lone = rest == 1
     padded = -(-width // block_size) * block_size
     indices = jnp.pad(level.indices, (0, padded - width))
 

@@ -68,7 +68,6 @@ def check_radius(
 def _center_radius_spread(
     array: Float[Array, "*heads n d"], lengths: Int[Array, "*heads"] | None
 ) -> tuple[Float[Array, "*heads d"], Float[Array, "*heads"], Float[Array, "*heads"]]:
-    array = array.astype(accumulation_dtype(array))
     if lengths is None:
         center = jnp.mean(array, axis=-2)
         squares = jnp.sum(jnp.square(array - center[..., None, :]), axis=-1)
@@ -84,7 +83,7 @@ def _center_radius_spread(
         mean = jnp.sum(squares, axis=-1) / total
     radius = jnp.sqrt(jnp.max(squares, axis=-1))
     # Rows that all agree differ from their mean by its rounding, which must not be blown up.
-    rounding = 4 * jnp.finfo(array.dtype).eps * jnp.max(jnp.abs(array), axis=(-2, -1))
+    rounding = 64 * jnp.finfo(array.dtype).eps * jnp.max(jnp.abs(array), axis=(-2, -1))
     agree = radius <= rounding * array.shape[-1] ** 0.5
     spread = jnp.where(agree, 0, jnp.sqrt(mean) / radius)
     return center, jnp.where(agree, jnp.ones_like(radius), radius), spread
@@ -137,9 +136,9 @@ def reduce(
     validation.check_cache(keys, values)
     validation.check_lengths(lengths, keys)
     check_radius(keys, rho, query_norm, queries, scale)
-    key_center, key_radius, key_spread = _center_radius_spread(keys, lengths)
-    value_center, value_radius, value_spread = _center_radius_spread(values, lengths)
-    dtype = key_radius.dtype
+    dtype = accumulation_dtype(keys, values)
+    key_center, key_radius, key_spread = _center_radius_spread(keys.astype(dtype), lengths)
+    value_center, value_radius, value_spread = _center_radius_spread(values.astype(dtype), lengths)
     softmax_scale = jnp.full_like(
         key_radius, default_scale(keys.shape[-1]) if scale is None else scale
     )

@@ -50,12 +50,17 @@ def check_queries(queries: Any, keys: Any) -> None:
         raise ValueError(f"queries must have the width (axis -1) of keys; got {shapes}.")
 
 
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raises ``ValueError`` unless ``value`` is a static integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} must be a static Python int, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
 def check_size(size: object) -> None:
     """Raises ``ValueError`` unless ``size`` is a static integer of at least one."""
-    if isinstance(size, bool) or not isinstance(size, int | np.integer):
-        raise ValueError(f"size must be a static Python int, got {size!r}.")
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}.")
+    check_count("size", size)
 
 
 def check_positive(name: str, value: ArrayLike | None, leading: tuple[int, ...] = ()) -> None:
@@ -75,6 +80,19 @@ def check_positive(name: str, value: ArrayLike | None, leading: tuple[int, ...] 
         raise ValueError(f"{name} must be a real number, got {value!r}.")
     if not (np.all(np.isfinite(array)) and np.all(array > 0)):
         raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+
+
+def static_float(name: str, value: Any) -> Any:
+    """``value`` as a Python float fixed at compile time; ``None`` passes.
+
+    Raises ``ValueError`` unless it is a positive, finite number that is not traced.
+    """
+    if value is None:
+        return None
+    if is_traced(value):
+        raise ValueError(f"{name} is fixed at compile time and must not be traced.")
+    check_positive(name, value)
+    return float(value)
 
 
 def check_lengths(lengths: Any, keys: Any) -> None:

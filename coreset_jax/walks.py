@@ -174,7 +174,8 @@ def gram_schmidt_rounding(
     priority = jax.random.uniform(permutation_rng, (width,))
     uniforms = jax.random.uniform(step_rng, (width,), dtype)
     both = alive[:, None] & alive[None, :]
-    eye = jnp.eye(width, dtype=dtype)
+    # Made from the Gram matrix: a solver wants both its arguments sharded alike.
+    eye = jnp.zeros_like(gram) + jnp.eye(width, dtype=dtype)
     scale = jnp.sum(jnp.where(alive, jnp.diagonal(gram), 0)) / jnp.maximum(jnp.sum(alive), 1)
     scale = jnp.where(scale > 0, scale, jnp.ones_like(scale))
     # Elements that take no part get the identity: invertible, and untouched by the others.
@@ -196,12 +197,20 @@ def gram_schmidt_rounding(
         if balanced:
             ones = jnp.matmul(root, jnp.sum(root, axis=0), precision=highest)
             total = jnp.sum(ones)
-            determinant = column[pivot] * total - ones[pivot] ** 2
-            determinant = jnp.where(jnp.abs(determinant) > tiny, determinant, 1.0)
-            direction = (total * column - ones[pivot] * ones) / determinant
+            # Not negative (Cauchy-Schwarz), but a difference of nearly equal numbers.
+            product = column[pivot] * total
+            determinant = jnp.maximum(
+                product - ones[pivot] ** 2, 8 * jnp.finfo(dtype).eps * product
+            )
+            direction = (total * column - ones[pivot] * ones) / jnp.maximum(determinant, tiny)
         else:
             direction = column / jnp.where(column[pivot] > tiny, column[pivot], 1.0)
         direction = jnp.where(alive, direction, 0).at[pivot].set(1.0)
+        if balanced:
+            # What rounding left of the sum goes to the others, so that it is zero by construction.
+            others = alive.at[pivot].set(False)
+            excess = jnp.sum(direction) / jnp.maximum(jnp.sum(others), 1)
+            direction = direction - jnp.where(others, excess, 0)
         moving = alive & (direction != 0)
         safe = jnp.where(moving, direction, 1.0)
         up = jnp.where(moving, (jnp.sign(safe) - position) / safe, jnp.inf)

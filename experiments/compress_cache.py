@@ -26,38 +26,23 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
-import matplotlib.ticker
 import ml_collections
 import numpy as np
 from absl import app, flags, logging
 from jaxtyping import Array, Float, UInt8
-from matplotlib.axes import Axes
 from ml_collections import config_flags
 
 import coreset_jax as cj
 from experiments import cache_file, lm, results, text
+from experiments.cache_figure import REFERENCE, Measured, Table, draw
+from experiments.styles import STYLES
 
-
-class Method(NamedTuple):
-    """A compressor, and how it is called and drawn; line and marker tell it apart without color."""
-
-    compressor: cj.Compressor
-    label: str
-    color: str
-    line: str
-    marker: str
-
-
-REFERENCE = "uniform"
 OURS = "balanced"
-METHODS = {
-    "uniform": Method(cj.baselines.uniform(), "uniform", "#000000", "--", "s"),
-    "balance_kv": Method(cj.baselines.balance_kv(), "BalanceKV, published", "#D55E00", ":", "^"),
-    "balance_kv_corrected": Method(
-        cj.baselines.balance_kv(corrected=True), "BalanceKV, corrected", "#E69F00", "-.", "v"
-    ),
-    "balanced": Method(cj.balanced(), "balanced (ours)", "#0072B2", "-", "o"),
+METHODS: dict[str, cj.Compressor] = {
+    "uniform": cj.baselines.uniform(),
+    "balance_kv": cj.baselines.balance_kv(),
+    "balance_kv_corrected": cj.baselines.balance_kv(corrected=True),
+    "balanced": cj.balanced(),
 }
 
 # Where the config leaves the prefix to the file, each head keeps at least this many pairs.
@@ -101,31 +86,6 @@ class Workload(NamedTuple):
     values: Float[Array, "layers heads n d"]
     queries: Float[Array, "layers heads q d"]
     exact: Float[Array, "layers heads q d"]
-
-
-class Measured(NamedTuple):
-    """What one method did at one ratio.
-
-    Attributes:
-      method: a key of `METHODS`.
-      ratio: pairs of the cache over pairs kept.
-      size: pairs kept.
-      errors: relative errors `[seeds, layers, heads]`.
-    """
-
-    method: str
-    ratio: int
-    size: int
-    errors: np.ndarray
-
-    @property
-    def means(self) -> np.ndarray:
-        """The errors averaged over the seeds `[layers, heads]`."""
-        return np.mean(self.errors, axis=0)
-
-
-Table = dict[tuple[str, int], Measured]
-"""What was measured, by method and ratio."""
 
 
 def all_ratios(config: ml_collections.ConfigDict) -> list[int]:
@@ -233,9 +193,9 @@ def measure(config: ml_collections.ConfigDict, work: Workload) -> tuple[Table, c
     kept: cj.Coreset | None = None
     errors: dict[tuple[str, int], list[np.ndarray]] = {}
     for ratio, name, seed in results.track(
-        jobs, "compressing", label=lambda job: f"{job[0]}×, {METHODS[job[1]].label}, seed {job[2]}"
+        jobs, "compressing", label=lambda job: f"{job[0]}×, {STYLES[job[1]].label}, seed {job[2]}"
     ):
-        coreset = METHODS[name].compressor(
+        coreset = METHODS[name](
             jax.random.key(seed), work.keys, work.values, size=-(-count // ratio)
         )
         error = np.asarray(relative_errors(work.queries, work.exact, coreset))
@@ -266,8 +226,8 @@ def print_report(
     layers, heads, pairs, _ = work.keys.shape
     ratios = all_ratios(config)
     rows = []
-    for name, method in METHODS.items():
-        row = [method.label]
+    for name in METHODS:
+        row = [STYLES[name].label]
         for ratio in ratios:
             error = geometric_mean(table[name, ratio].means)
             share = error / geometric_mean(table[REFERENCE, ratio].means)
@@ -321,88 +281,6 @@ def write_lines(
                 )
 
 
-def _draw_ratios(axes: Axes, table: Table, ratios: Sequence[int]) -> None:
-    """Error against ratio: medians over the heads, and bars over the middle half of them."""
-    for number, (name, method) in enumerate(METHODS.items()):
-        heads = np.stack([table[name, ratio].means.ravel() for ratio in ratios])
-        low, median, high = np.quantile(heads, (0.25, 0.5, 0.75), axis=1)
-        # Side by side, or the bars would hide one another.
-        places = np.asarray(ratios) * 2.0 ** (0.06 * (number - (len(METHODS) - 1) / 2))
-        axes.errorbar(
-            places,
-            median,
-            yerr=(median - low, high - median),
-            color=method.color,
-            linestyle=method.line,
-            marker=method.marker,
-            markersize=6,
-            linewidth=1.6,
-            elinewidth=0.9,
-            capsize=2.5,
-            label=method.label,
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(ratios, [f"{ratio}×" for ratio in ratios])
-    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
-    axes.set_xlabel("compression, pairs / pairs kept")
-    axes.set_ylabel("relative attention error")
-    axes.set_title("Median over the heads, bars: the middle half of them", fontsize=10)
-
-
-def _draw_heads(axes: Axes, table: Table, ratio: int) -> None:
-    """Error over that of uniform at one ratio, head by head."""
-    reference = table[REFERENCE, ratio].means
-    layers, heads = reference.shape
-    places = np.arange(layers * heads)
-    for name, method in METHODS.items():
-        share = table[name, ratio].means / reference
-        axes.plot(
-            places,
-            share.ravel(),
-            color=method.color,
-            linestyle=method.line if name == REFERENCE else "none",
-            marker="none" if name == REFERENCE else method.marker,
-            markersize=7,
-        )
-    for boundary in range(1, layers):
-        axes.axvline(boundary * heads - 0.5, color="#bbbbbb", linewidth=0.8)
-    axes.set_yscale("log")
-    # Less than a decade: round numbers, not powers of ten.
-    axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(8, steps=[1, 2, 5, 10]))
-    axes.set_xlim(-0.5, layers * heads - 0.5)
-    labels = [f"{layer}.{head}" for layer in range(layers) for head in range(heads)]
-    axes.set_xticks(places, labels)
-    axes.set_xlabel("layer.head")
-    axes.set_ylabel("error / error of uniform")
-    axes.set_title(f"Head by head at {ratio}×", fontsize=10)
-
-
-def draw(
-    config: ml_collections.ConfigDict, passage: Passage, table: Table
-) -> matplotlib.figure.Figure:
-    """Draw the errors against the ratio, and head by head at the ratio of the kept cache."""
-    layers, heads = table[OURS, config.ratio].means.shape
-    figure = matplotlib.figure.Figure(figsize=(11, 5), layout="constrained", dpi=150)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
-    _draw_ratios(left, table, all_ratios(config))
-    _draw_heads(right, table, config.ratio)
-    for axes in (left, right):
-        axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        axes.grid(visible=True, which="major", axis="y", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(
-        f"The model's own caches and queries: {passage.name}, {passage.length} pairs a head, "
-        f"{layers} layers × {heads} heads",
-        fontsize=11,
-    )
-    return figure
-
-
 def _megabytes(count: int) -> str:
     return f"{count:,} bytes ({count / 1e6:.1f} MB)"
 
@@ -443,7 +321,7 @@ def run(config: ml_collections.ConfigDict, passage: Passage) -> Table:
     )
     write_lines(lines, config, source, table)
     with results.replacing(figure) as partial:
-        draw(config, passage, table).savefig(partial)
+        draw(table, config.ratio, f"{passage.name}, {passage.length} pairs a head").savefig(partial)
     cache_file.save(cache, cache_file.CompressedCache(coreset, source))
 
     full, kept = cache_file.num_bytes(work.keys, work.values), cache_file.num_bytes(*coreset)

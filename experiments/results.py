@@ -7,6 +7,7 @@ it stopped.
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -77,9 +78,17 @@ def _restored(value: Any) -> Any:
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
+@functools.cache
+def code_digest() -> str:
+    """A digest of the library's sources: figures of other code are other figures."""
+    root = pathlib.Path(coreset_jax.__file__).parent
+    sources = b"".join(path.read_bytes() for path in sorted(root.rglob("*.py")))
+    return hashlib.sha256(sources).hexdigest()[:16]
+
+
 def cell_key(settings: Mapping[str, Any]) -> str:
-    """The name of a cell: a digest of its settings and of the library's version."""
-    named = {"coreset_jax": coreset_jax.__version__, "settings": _plain(settings)}
+    """The name of a cell: a digest of its settings and of the library's code."""
+    named = {"coreset_jax": code_digest(), "settings": _plain(settings)}
     text = json.dumps(named, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -26,14 +26,13 @@ import matplotlib.ticker
 import ml_collections
 import numpy as np
 import scipy.stats  # type: ignore[import-untyped]  # a dependency of jax itself
-from absl import app, logging
+from absl import app, flags, logging
 from matplotlib.axes import Axes
 from ml_collections import config_flags
 
 import coreset_jax as cj
 from experiments import instances, results
-
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/sweep.py")
+from experiments.styles import STYLES
 
 # The methods, given the radius. Their softmax scale is 1 in all of this.
 METHODS: dict[str, Callable[[float], cj.Compressor]] = {
@@ -41,23 +40,6 @@ METHODS: dict[str, Callable[[float], cj.Compressor]] = {
     "uniform": lambda rho: cj.baselines.uniform(),
     "balance_kv": lambda rho: cj.baselines.balance_kv(scale=1.0),
     "balance_kv_corrected": lambda rho: cj.baselines.balance_kv(corrected=True, scale=1.0),
-}
-
-
-class Style(NamedTuple):
-    """How a method is called and drawn; line and marker tell it apart without color."""
-
-    label: str
-    color: str
-    line: str
-    marker: str
-
-
-STYLES = {
-    "balanced": Style("balanced", "#0072B2", "-", "o"),
-    "uniform": Style("uniform", "#000000", "--", "s"),
-    "balance_kv": Style("BalanceKV, published", "#D55E00", ":", "^"),
-    "balance_kv_corrected": Style("BalanceKV, corrected", "#E69F00", "-.", "v"),
 }
 
 
@@ -440,8 +422,10 @@ def main(arguments: Sequence[str]) -> None:
     logging.set_verbosity(logging.INFO)
     # JAX tells of every backend that it does not find.
     logging.get_absl_logger().manager.getLogger("jax").setLevel("WARNING")
-    run(_CONFIG.value)
+    run(flags.FLAGS.config)
 
 
 if __name__ == "__main__":
+    # Here and not above: another experiment in the same process has a flag of this name.
+    config_flags.DEFINE_config_file("config", "configs/sweep.py")
     app.run(main)

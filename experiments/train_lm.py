@@ -1,10 +1,12 @@
 """Train the language model of the experiments on the source of Python's standard library.
 
     python -m experiments.train_lm --config=configs/train_lm.py --output=/tmp/train_lm
+    python -m experiments.train_lm --evaluate=2048
 
 An interrupted run goes on where its last checkpoint stands: batches are a function of (seed, step)
 alone and the checkpoint holds the optimizer too. `<output>/model.safetensors` is what
-`experiments.lm.load` reads.
+`experiments.lm.load` reads. The second command trains nothing: it reads the held-out files by the
+shipped checkpoint, in windows of so many bytes.
 """
 
 from __future__ import annotations
@@ -32,9 +34,13 @@ from ml_collections import config_flags
 
 from experiments import decoder, lm, text
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/train_lm.py")
 _OUTPUT = flags.DEFINE_string("output", "/tmp/train_lm", "folder for checkpoints, log and model")
 _UNTIL = flags.DEFINE_integer("until", None, "stop after this many steps, behind a checkpoint")
+_EVALUATE = flags.DEFINE_integer(
+    "evaluate",
+    None,
+    "train nothing; read the held-out files by the shipped model, in windows of this many bytes",
+)
 
 
 Parameters = nnx.State[Any, Any]
@@ -386,11 +392,17 @@ def _line(record: dict[str, Any], total: int) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train as the flags say."""
+    """Train or evaluate, as the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    train(_CONFIG.value, pathlib.Path(_OUTPUT.value), _UNTIL.value)
+    if (width := _EVALUATE.value) is not None:
+        bits = lm.stream_bits_per_byte(lm.load()[0], text.stream("heldout"), width)
+        logging.info("held-out files, in windows of %d bytes: %.4f bits/byte", width, bits)
+        return
+    train(flags.FLAGS.config, pathlib.Path(_OUTPUT.value), _UNTIL.value)
 
 
 if __name__ == "__main__":
+    # Here and not above: another experiment in the same process has a flag of this name.
+    config_flags.DEFINE_config_file("config", "configs/train_lm.py")
     sys.exit(app.run(main))

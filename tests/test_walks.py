@@ -109,17 +109,17 @@ def test_greedy_takes_the_shorter_sum_at_every_step(vectors, standing, problem, 
     np.testing.assert_array_equal(run(walks.greedy_pairs, gram, start * field)[0], expected)
 
 
-@pytest.mark.parametrize("constant", [0.1, 1.0, 10.0])
-def test_self_balancing_follows_its_probabilities(vectors, standing, problem, constant):
-    gram, field = problem
+@pytest.mark.parametrize(("constant", "length"), [(0.1, 1.0), (1.0, 3.0), (10.0, 0.1)])
+def test_self_balancing_follows_its_probabilities(vectors, standing, problem, constant, length):
+    gram, field = (np.float32(length**2) * array for array in problem)
     rngs = RUN_KEYS[:16]
     one_run = functools.partial(walks.self_balancing, constant=constant)
     signs = run(one_run, gram, field, rngs=rngs)
+    # Steps of norm at most one; what was there before is measured in the same unit.
     steps = (vectors[0::2] - vectors[1::2]) / 2
     clipped = 0
     for rng, row in zip(rngs, signs, strict=True):
         uniforms = jax.random.uniform(rng, (BLOCK // 2,))
-        # The steps are halved to norm one at most, and so is what was there before.
         total = standing / 2
         for number, step in enumerate(steps):
             probability = 0.5 - step @ total / (2 * constant)

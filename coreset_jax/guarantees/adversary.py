@@ -22,6 +22,9 @@ from coreset_jax.guarantees.candidates import candidates, unit_vectors
 # To screen a candidate costs half a step.
 _CANDIDATES_PER_START = 16
 
+# Length of the last step of an ascent over that of the first.
+_LAST_STEP = 1e-3
+
 
 class Adversary(NamedTuple):
     """What a search for the worst query found.
@@ -163,8 +166,11 @@ def _search_head(
     points = winning(points.reshape(starts, _CANDIDATES_PER_START, -1))
     # A step of unit gradients, not of Adam: its scaling by coordinate bends the direction, and a
     # projected ascent then rests where the error still grows along the sphere.
+    # Steps of full length travel along the sphere; a supremum inside needs ever shorter ones.
     half = steps // 2
-    transformation = optax.sgd(optax.linear_schedule(learning_rate, 0.0, steps - half, half))
+    transformation = optax.sgd(
+        optax.exponential_decay(learning_rate, steps - half, _LAST_STEP, transition_begin=half)
+    )
     state = _Ascent(
         points=points,
         directions=unit_vectors(winning(screened)),
@@ -327,8 +333,8 @@ def adversary(
       starts: ascents of a head, static. Up to ``rho = 2`` a few find the supremum; beyond, local
         maxima multiply and more starts find a few percent more.
       steps: gradient steps of an ascent, static.
-      learning_rate: length of a step in radii of the ball; it shrinks to nothing in the second
-        half of the steps.
+      learning_rate: length of a step in radii of the ball; it shrinks a thousandfold over
+        the second half of the steps.
       block_size: pairs per step of each pass, static: a head holds ``starts * block_size`` scores.
 
     Returns:

@@ -69,11 +69,12 @@ def test_reaches_the_supremum_of_a_fine_grid_in_the_plane(rho):
 
 
 def test_finds_a_supremum_inside_the_ball():
-    # Far out along the axis the outer keys, which both sides hold, outshout the inner ones, which
-    # only the source holds; the error is largest on the way.
-    keys = jnp.asarray([[1.0, 0.0], [-1.0, 0.0]] + [[0.5, 0.0]] * 47 + [[-0.5, 0.0]] * 47)
-    values = jnp.zeros((96, 4)).at[2:49, 0].set(1.0).at[49:, 0].set(-1.0)
-    indices = jnp.full(24, -1).at[:2].set(jnp.arange(2))
+    # Far out the outer keys, which both sides hold, outshout the inner ones, which only the source
+    # holds; the error is largest on the way.
+    cross = jnp.asarray([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    keys = jnp.concatenate([cross, jnp.tile(0.5 * cross, (23, 1))])
+    values = jnp.zeros((96, 4)).at[4::4, 0].set(1.0).at[5::4, 0].set(-1.0)
+    indices = jnp.full(24, -1).at[:4].set(jnp.arange(4))
     coreset = gather(keys, values, indices, jnp.zeros(24))
     rho = 30.0
     worst = search(jax.random.key(0), keys, values, coreset, rho=rho, scale=1.0)

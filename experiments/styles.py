@@ -1,0 +1,20 @@
+"""How the methods are called and drawn, the same in every experiment."""
+
+from typing import NamedTuple
+
+
+class Style(NamedTuple):
+    """How a method is called and drawn; line and marker tell it apart without color."""
+
+    label: str
+    color: str
+    line: str
+    marker: str
+
+
+STYLES = {
+    "balanced": Style("balanced", "#0072B2", "-", "o"),
+    "uniform": Style("uniform", "#000000", "--", "s"),
+    "balance_kv": Style("BalanceKV, published", "#D55E00", ":", "^"),
+    "balance_kv_corrected": Style("BalanceKV, corrected", "#E69F00", "-.", "v"),
+}
