@@ -38,9 +38,10 @@ Table = dict[tuple[str, int], Measured]
 """What was measured, by method and ratio."""
 
 
-def _drawn(table: Table) -> dict[str, Style]:
-    """The styles of the methods in a table."""
-    return {name: style for name, style in STYLES.items() if any(name == key for key, _ in table)}
+def _drawn(table: Table) -> list[tuple[str, Style]]:
+    """The methods in a table, with their styles."""
+    present = {name for name, _ in table}
+    return [(name, style) for name, style in STYLES.items() if name in present]
 
 
 def _draw_ratios(axes: Axes, table: Table) -> None:
