@@ -101,12 +101,17 @@ def _spare_heaviest(level: Level, halved: Int[Array, ""], norms: Float[Array, " 
 
     They are the ones that a halving would hurt most.
     """
-    inside = jnp.arange(level.indices.shape[0]) < level.left
-    heaviest_last = jnp.argsort(jnp.where(inside, norms[level.indices], jnp.inf))
-    ranks = jnp.zeros_like(heaviest_last).at[heaviest_last].set(jnp.arange(inside.shape[0]))
+    places = jnp.zeros_like(level.indices) + jnp.arange(level.indices.shape[0], dtype=jnp.int32)
+    inside = places < level.left
+    weights = jnp.where(inside, norms[level.indices], jnp.inf)
+    # Sorts that carry their payload: gathers by an order of places would lose the sharding.
+    _, lightest_first = jax.lax.sort((weights, places), num_keys=1)
+    _, ranks = jax.lax.sort((lightest_first, places), num_keys=1)
+    spared = (ranks >= halved) | ~inside
     # Both groups stay in order: neighbours in the sequence are alike, and balance each other.
-    order = jnp.argsort(inside.astype(jnp.int32) * (ranks < halved), descending=True, stable=True)
-    return level._replace(indices=level.indices[order], doubled=level.doubled[order])
+    groups = (spared.astype(jnp.int32), places, level.indices, level.doubled.astype(jnp.int32))
+    _, _, indices, doubled = jax.lax.sort(groups, num_keys=2)
+    return level._replace(indices=indices, doubled=doubled.astype(bool))
 
 
 def _landmark_places(
@@ -212,18 +217,19 @@ def _compress_head(
     level = jax.lax.fori_loop(0, levels, step, level)
 
     inside = jnp.arange(size) < level.left
+    multiples = jnp.where(inside, 1 + level.doubled[:size].astype(jnp.int32), 0)
     indices = jnp.where(inside, level.indices[:size], count)
-    order = jnp.argsort(indices)
+    indices, multiples = jax.lax.sort((indices, multiples), num_keys=1)
     # A balance that met a NaN (a radius, a sample query, a matrix that would not factor) or an
     # overflow picks signs all the same: its answer must not look like one.
     numbers = [reduction.key_radius, reduction.value_radius, radius, level.field]
     sound = (reduction.rho > 0) & (radius > 0)
     for number in jax.tree.leaves(numbers):
         sound &= jnp.all(jnp.isfinite(number))
-    multiples = jnp.where(inside, 1 + level.doubled[:size], 0).astype(dtype)[order]
+    multiples = multiples.astype(dtype)
     log_weights = jnp.log(multiples) + jnp.log(length.astype(dtype) / jnp.sum(multiples))
     log_weights = jnp.where(sound, log_weights, jnp.nan)
-    return gather(keys, values, jnp.where(inside, indices[order], -1), log_weights)
+    return gather(keys, values, jnp.where(indices < count, indices, -1), log_weights)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "settings"))
