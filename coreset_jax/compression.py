@@ -350,7 +350,8 @@ def balanced(
       size, lengths=None, queries=None) -> Coreset``. Any float dtype and any ``n`` and ``size``;
       ``size >= n`` returns the cache itself. Each kept pair stands for as many as its weight
       says, and the weights of a head sum to its length. A head with a NaN or an infinity among
-      its pairs gets NaN log-weights.
+      its pairs gets NaN log-weights. Sharded heads stay where they are; on a mesh of Explicit
+      axes call it inside ``jax.shard_map``.
 
     Raises:
       ValueError: on bad options here; on ill-fitting shapes, a ``size`` below 1, ``lengths``

@@ -187,7 +187,11 @@ def test_equal_options_are_equal_compressors(name, compressor):
     assert len({make() for make in MAKERS.values()}) == len(MAKERS)
 
 
-def test_explicit_shardings_survive(compressor, cache):
+@pytest.mark.parametrize("name", sorted(set(MAKERS) - {"balanced"}))
+def test_explicit_shardings_survive(name, cache):
+    # Not "balanced": JAX cannot yet vmap a while loop over an axis of an Explicit mesh. Under
+    # shard_map it can, which tests/test_compression.py does.
+    compressor = MAKERS[name]()
     expected = compressor(jax.random.key(0), *cache, size=SIZE)
     shape = (2, 2) if jax.device_count() >= 4 else (1, 1)
     mesh = jax.make_mesh(
