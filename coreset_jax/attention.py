@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from coreset_jax import validation
 
@@ -42,6 +42,7 @@ def partial_attention(
     log_weights: Float[Array, "*heads n"] | None = None,
     *,
     scale: float | None = None,
+    visible: Bool[Array, "#q n"] | None = None,
 ) -> PartialAttention:
     r"""Attention over these pairs alone, ready to be merged with other pairs.
 
@@ -54,6 +55,7 @@ def partial_attention(
       log_weights: natural logarithms of the pairs' weights ``[..., n]``; ``-inf`` leaves a
         pair out. ``None`` weighs every pair 1.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      visible: which pairs each query may see ``[q, n]``; ``None`` means all.
 
     Returns:
       The partial state, in float32 or wider.
@@ -69,6 +71,8 @@ def partial_attention(
     )
     if log_weights is not None:
         scores = scores + log_weights[..., None, :].astype(dtype)
+    if visible is not None:
+        scores = jnp.where(visible, scores, -jnp.inf)
     maximum = jnp.max(scores, axis=-1)
     # A part whose pairs all have weight zero must give zeros, not the NaN of (-inf) - (-inf).
     shift = jnp.where(jnp.isneginf(maximum), jnp.zeros_like(maximum), maximum)

@@ -16,11 +16,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from coreset_jax import validation, walks
-from coreset_jax.attention import accumulation_dtype
 from coreset_jax.coreset import Compressor, Coreset, gather, over_heads, whole_cache
 from coreset_jax.fields import ExactField, Field, LandmarkField, UnitPairs
+from coreset_jax.geometry import balancing_geometry
 from coreset_jax.halving import Level, halve
-from coreset_jax.problem import Reduction, check_radius, reduce, unit_keys, unit_values
+from coreset_jax.problem import check_radius, radii_of_heads, radius_arrays, reduce, unit_keys
 
 
 class _Settings(NamedTuple):
@@ -47,38 +47,6 @@ class _Schedule(NamedTuple):
     threshold: Int[Array, " levels"]
     blocks: Int[Array, " levels"]
     passes: Int[Array, " levels"]
-
-
-def default_kernel_radius(reduction: Reduction) -> Float[Array, "*heads"]:
-    r"""The kernel radius that a balance uses where none is given.
-
-    .. math:: r = \min(\rho,\; 2 / \mathrm{mean}_i \|k_i\|^2)
-
-    for unit keys: the paper's :math:`r = \rho` for small radii, and never more than 2 in units of
-    the keys' own spread. Beyond that, a kernel tells apart more directions than there are signs
-    to balance them: at radii from 1 to 20, larger ones did no better and mostly worse.
-
-    Args:
-      reduction: a cache's unit problem.
-    """
-    spread = jnp.where(reduction.key_spread > 0, reduction.key_spread, 1.0)
-    return jnp.minimum(reduction.rho, 2 / jnp.square(spread))
-
-
-def default_value_weight(reduction: Reduction) -> Float[Array, "*heads"]:
-    r"""How much more the numerator counts in a balance than the denominator.
-
-    .. math:: \omega = 8 / \mathrm{mean}_i \|v_i\|^2
-
-    for unit values. The denominator's error reaches the result only multiplied by the centered
-    attention output, an average that is small beside the values themselves; weights between 8 and
-    30 take 10 to 20 % off the error of equal ones.
-
-    Args:
-      reduction: a cache's unit problem.
-    """
-    spread = jnp.where(reduction.value_spread > 0, reduction.value_spread, 1.0)
-    return 8 / jnp.square(spread)
 
 
 def _schedule(count: int, size: int, block_size: int, passes: int, *, ragged: bool) -> _Schedule:
@@ -150,7 +118,8 @@ def _compress_head(
         lengths=length if ragged else None,
     )
     count, dtype = keys.shape[0], reduction.rho.dtype
-    radius = default_kernel_radius(reduction) if kernel_radius is None else kernel_radius
+    geometry = balancing_geometry(reduction, kernel_radius)
+    radius = geometry.radius
     landmark_rng, level_rng = jax.random.split(rng)
     block_size = min(settings.block_size, count + count % 2)
     schedule = _schedule(count, size, block_size, settings.passes, ragged=ragged)
@@ -158,29 +127,20 @@ def _compress_head(
     # Made from the keys, so that everything carried varies over the mesh axes that they do.
     places = jnp.zeros_like(keys[:, 0], jnp.int32) + jnp.arange(count, dtype=jnp.int32)
 
-    value_gain = jnp.sqrt(default_value_weight(reduction))
-
-    def unit_pairs(keys: Array, values: Array, indices: Array) -> UnitPairs:
-        return UnitPairs(
-            unit_keys(reduction, keys.astype(dtype)),
-            value_gain * unit_values(reduction, values.astype(dtype)),
-            indices,
-        )
-
     def load(indices: Array, inside: Array) -> UnitPairs:
         # Read from the source block by block: no second copy of the cache in float32.
-        pairs = unit_pairs(keys[indices], values[indices], indices)
         zero = jnp.zeros((), dtype)
         return UnitPairs(
-            jnp.where(inside[:, None], pairs.keys, zero),
-            jnp.where(inside[:, None], pairs.values, zero),
+            jnp.where(inside[:, None], geometry.keys(keys[indices]), zero),
+            jnp.where(inside[:, None], geometry.values(values[indices]), zero),
             indices,
         )
 
     def spare_heaviest(level: Level, halved: Array) -> Level:
-        pairs = unit_pairs(keys, values, places)
-        squares = jnp.sum(jnp.square(pairs.keys), axis=-1)
-        norms = radius * squares + jnp.log1p(jnp.sum(jnp.square(pairs.values), axis=-1))
+        # By their true norms, that of the geometry's kernel without its reach.
+        squares = jnp.sum(jnp.square(unit_keys(reduction, keys.astype(dtype))), axis=-1)
+        masses = jnp.log1p(jnp.sum(jnp.square(geometry.values(values)), axis=-1))
+        norms = radius / jnp.square(geometry.reach) * squares + masses
         return _spare_heaviest(level, halved, norms)
 
     def step(number: Array, level: Level) -> Level:
@@ -249,12 +209,7 @@ def _compress(
     head = functools.partial(
         _compress_head, size=size, ragged=lengths is not None, settings=settings
     )
-    zeros = jnp.zeros_like(keys[..., 0, 0], accumulation_dtype(keys, values))
-    # One a head, sharded as the keys are.
-    rho, query_norm, kernel_radius = (
-        None if radius is None else zeros + radius.astype(zeros.dtype)
-        for radius in (rho, query_norm, kernel_radius)
-    )
+    rho, query_norm, kernel_radius = radii_of_heads(keys, values, rho, query_norm, kernel_radius)
     return over_heads(head, rng, keys, values, lengths, rho, query_norm, queries, kernel_radius)
 
 
@@ -282,11 +237,8 @@ class _Balanced:
         validation.check_positive("kernel_radius", self.kernel_radius, keys.shape[:-2])
         if size >= keys.shape[-2]:
             return whole_cache(keys, values, lengths)
-        # Arrays of one dtype, so that Python numbers and arrays share a trace.
-        dtype = accumulation_dtype(keys, values)
-        rho, query_norm, kernel_radius = (
-            None if radius is None else jnp.asarray(radius, dtype)
-            for radius in (self.rho, self.query_norm, self.kernel_radius)
+        rho, query_norm, kernel_radius = radius_arrays(
+            keys, values, self.rho, self.query_norm, self.kernel_radius
         )
         given = rho is not None or query_norm is not None
         return _compress(
@@ -337,7 +289,7 @@ def balanced(
       walk: a function of :mod:`coreset_jax.walks`, or any of the same signature. It is part of
         the compiled program's identity: pass a module-level function, not a fresh lambda.
       kernel_radius: the geometry of the balance, a scalar or ``[...]``; ``None`` means
-        :func:`default_kernel_radius`.
+        :func:`coreset_jax.geometry.default_kernel_radius`.
       block_size: pairs in a block, even.
       landmarks: landmark keys that represent the field; ``None`` means the exact field, which
         takes :math:`n^2` products and a float32 copy of the cache.
@@ -382,50 +334,3 @@ def balanced(
         raise ValueError(f"walk must be a function of coreset_jax.walks, got {walk!r}.")
     settings = _Settings(scale, walk, block_size, landmarks, max_swaps, passes, ridge)
     return _Balanced(rho, query_norm, kernel_radius, settings)
-
-
-def compress(
-    rng: Array,
-    keys: Float[Array, "*heads n d"],
-    values: Float[Array, "*heads n dv"],
-    *,
-    size: int,
-    rho: ArrayLike | None = None,
-    query_norm: ArrayLike | None = None,
-    queries: Float[Array, "*heads q d"] | None = None,
-    scale: float | None = None,
-    lengths: Int[Array, "*heads"] | None = None,
-) -> Coreset:
-    """A coreset of ``size`` pairs a head, by :func:`balanced` with its default settings.
-
-    Args:
-      rng: a JAX random key; every head gets a fold of its own.
-      keys: cached keys ``[..., n, d]``, any float dtype.
-      values: cached values ``[..., n, dv]``.
-      size: pairs to keep for each head, static.
-      rho: the paper's query radius, in the unit problem; a scalar or ``[...]``.
-      query_norm: largest norm of a raw query instead; a scalar or ``[...]``.
-      queries: sample queries ``[..., q, d]`` instead; only their largest norm is used. If none of
-        the three is given, ``query_norm`` is ``sqrt(d)``.
-      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
-      lengths: valid pairs of each head ``[...]``; the rest is padding and may hold anything.
-
-    Returns:
-      The coreset, with ``min(size, n)`` slots a head; read it with
-      :func:`coreset_jax.coreset.attend`.
-
-    Raises:
-      ValueError: on ill-fitting shapes, a ``size`` below 1, ``lengths`` outside ``1..n`` or a
-        radius that is not positive, before any tracing.
-
-    References:
-      Liberty, Andoni, Kleiner, *Nearly Optimal Attention Coresets*, 2026, Theorem 4.
-
-    >>> import jax, coreset_jax as cj
-    >>> keys, values = jax.random.normal(jax.random.key(0), (2, 1000, 32))
-    >>> coreset = cj.compress(jax.random.key(1), keys, values, size=125, rho=2.0)
-    >>> coreset.indices.shape
-    (125,)
-    """
-    compressor = balanced(rho=rho, query_norm=query_norm, scale=scale)
-    return compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)

@@ -126,6 +126,19 @@ def whole_cache(
     return gather(keys, values, jnp.where(inside, positions, -1), log_weights)
 
 
+def head_numbers(keys: Float[Array, "*heads n d"]) -> Int[Array, "*heads"]:
+    """The flat index of every head, int32 ``[...]``: what its fold of a random key is named after.
+
+    Args:
+      keys: keys ``[..., n, d]``. The numbers are made from them, so that they are sharded alike:
+        ``jax.vmap`` asks that of the axes it maps.
+    """
+    numbers = jnp.zeros_like(keys[..., 0, 0], jnp.int32)
+    for axis, width in enumerate(numbers.shape):
+        numbers = numbers * width + jax.lax.broadcasted_iota(jnp.int32, numbers.shape, axis)
+    return numbers
+
+
 def over_heads(
     compress_head: Callable[..., Coreset],
     rng: Array,
@@ -138,7 +151,9 @@ def over_heads(
 
     Args:
       compress_head: ``(rng, keys [n, d], values [n, dv], length, *more) -> Coreset`` for one
-        head; it sees zeros in place of padding.
+        head. Pairs from ``length`` on are padding, may hold anything, and must leave no trace in
+        the result. Each head masks what it reads of them: masked here, whole caches would be
+        copied.
       rng: a JAX random key; the head with flat index ``h`` gets ``fold_in(rng, h)``.
       keys: keys ``[..., n, d]``.
       values: values ``[..., n, dv]``.
@@ -151,26 +166,21 @@ def over_heads(
     """
     leading, count = keys.shape[:-2], keys.shape[-2]
     ragged = lengths is not None
-    # Made from the keys, so that it is sharded as they are: vmap asks that of the axes it maps.
-    zeros = jnp.zeros_like(keys[..., 0, 0], jnp.int32)
-    number = zeros
-    for axis, width in enumerate(leading):
-        number = number * width + jax.lax.broadcasted_iota(jnp.int32, leading, axis)
-    lengths = zeros + (jnp.asarray(lengths).astype(jnp.int32) if ragged else count)
+    numbers = head_numbers(keys)
+    # Sharded as the keys are, like the numbers.
+    lengths = jnp.zeros_like(numbers) + (
+        jnp.asarray(lengths).astype(jnp.int32) if ragged else count
+    )
 
     def one_head(number: Array, keys: Array, values: Array, length: Array, *more: Any) -> Coreset:
-        if ragged:
-            # Padding may hold anything, and 0 * NaN is NaN: it is selected away, once and here.
-            inside = (jnp.arange(count) < length)[:, None]
-            keys = jnp.where(inside, keys, jnp.zeros_like(keys))
-            values = jnp.where(inside, values, jnp.zeros_like(values))
         coreset = compress_head(jax.random.fold_in(rng, number), keys, values, length, *more)
-        finite = jnp.all(jnp.isfinite(keys)) & jnp.all(jnp.isfinite(values))
+        padding = ragged & (jnp.arange(count) >= length)[:, None]
+        finite = jnp.all(jnp.isfinite(keys) | padding) & jnp.all(jnp.isfinite(values) | padding)
         return coreset._replace(log_weights=jnp.where(finite, coreset.log_weights, jnp.nan))
 
     for _ in leading:
         one_head = jax.vmap(one_head)
-    return one_head(number, keys, values, lengths, *more)
+    return one_head(numbers, keys, values, lengths, *more)
 
 
 def attend(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coreset_jax.kernels import exponential_kernel, simultaneous_gram
+from coreset_jax.kernels import exponential_kernel, regularized_inverse, simultaneous_gram
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -127,11 +127,7 @@ class LandmarkField(NamedTuple):
           ridge: :math:`\lambda`, relative to the mean of the diagonal of :math:`E_{LL}`.
         """
         gram = exponential_kernel(landmarks, landmarks, radius)
-        # Made from the Gram matrix: a solver wants both its arguments sharded alike.
-        eye = jnp.zeros_like(gram) + jnp.eye(landmarks.shape[0], dtype=gram.dtype)
-        shift = ridge * jnp.mean(jnp.diagonal(gram))
-        factor = jax.scipy.linalg.cho_factor(gram + shift * eye)
-        solver = jax.scipy.linalg.cho_solve(factor, eye)
+        solver = regularized_inverse(gram, ridge)
         # Derived from the landmarks, so that it varies over the same mesh axes.
         moments = jnp.zeros_like(landmarks, shape=(landmarks.shape[0], value_width + 1))
         return cls(landmarks, radius, solver, moments)

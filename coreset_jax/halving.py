@@ -54,7 +54,10 @@ def halve(
 
     The other pairs keep their weight, so that any target between half the pairs and all of them
     can be met. If they are the odd one of a level that is halved throughout, it counts as kept
-    (its weight doubles with the others').
+    (its weight doubles with the others'). The pairs that are left then stand for one pair more
+    than there were, and the field says so: attention divides that common factor out, but the
+    levels after this one balance against it. To take it out would need the pull of the mean pair,
+    another pass over the cache, for an effect of order one over the pairs left.
 
     The first pass walks through the blocks; each further pass takes a block's signs out of the
     field, refines them by swaps against everything else, and puts them back.

@@ -11,6 +11,8 @@ matrix is all that any walk needs. :math:`r` is the *kernel radius*.
 (*Nearly Optimal Attention Coresets*, Sections 4 and 5.)
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -35,25 +37,6 @@ def exponential_kernel(
       radius: the kernel radius :math:`r`, a scalar.
     """
     return jnp.exp(radius * (inner_products(left_keys, right_keys) - 1.0))
-
-
-def numerator_gram(
-    left_keys: Float[Array, "a d"],
-    left_values: Float[Array, "a dv"],
-    right_keys: Float[Array, "b d"],
-    right_values: Float[Array, "b dv"],
-    radius: Scalar,
-) -> Float[Array, "a b"]:
-    r"""Gram matrix of the numerator: :math:`e^{r(\langle k,l\rangle-1)}\langle v,v'\rangle`."""
-    kernel = exponential_kernel(left_keys, right_keys, radius)
-    return kernel * inner_products(left_values, right_values)
-
-
-def denominator_gram(
-    left_keys: Float[Array, "a d"], right_keys: Float[Array, "b d"], radius: Scalar
-) -> Float[Array, "a b"]:
-    r"""Gram matrix of the denominator: the numerator's with every value 1."""
-    return exponential_kernel(left_keys, right_keys, radius)
 
 
 def simultaneous_gram(
@@ -97,3 +80,61 @@ def simultaneous_gram(
     kernel = jnp.exp(radius * (products - 1.0))
     gram = kernel * (inner_products(left_values, right_values) + 1.0)
     return (gram + key_weight * products) / (2.0 + key_weight) if key_weight else gram / 2.0
+
+
+def regularized_inverse(gram: Float[Array, "l l"], ridge: float) -> Float[Array, "l l"]:
+    r"""The inverse :math:`(G + \lambda I)^{-1}` of a Gram matrix; see :func:`regularized_solve`."""
+    # Made from the Gram matrix: a solver wants both its arguments sharded alike.
+    eye = jnp.zeros_like(gram) + jnp.eye(gram.shape[0], dtype=gram.dtype)
+    return regularized_solve(gram, eye, ridge)
+
+
+def regularized_solve(
+    gram: Float[Array, "l l"], right: Float[Array, "l c"], ridge: float
+) -> Float[Array, "l c"]:
+    r"""The solution :math:`(G + \lambda I)^{-1} R` for a Gram matrix that may be singular.
+
+    Args:
+      gram: a Gram matrix ``[l, l]``; its rows may repeat.
+      right: :math:`R`, ``[l, c]``.
+      ridge: :math:`\lambda` relative to the mean of the diagonal. Where rounding leaves the sum
+        indefinite, it grows tenfold until it does not.
+
+    Returns:
+      The solution ``[l, c]``; NaN where the matrix is not finite.
+    """
+    eye = jnp.zeros_like(gram) + jnp.eye(gram.shape[0], dtype=gram.dtype)
+    mean = jnp.mean(jnp.diagonal(gram))
+    most = mean * max(ridge, 1.0)
+
+    def fails(state: tuple[Array, Array]) -> Array:
+        shift, solution = state
+        # A matrix of zeros has no ridge to grow.
+        return ~jnp.all(jnp.isfinite(solution)) & (shift <= most) & (shift > 0)
+
+    def attempt(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        shift, _ = state
+        return 10 * shift, one_by_one(_solve)(gram + shift * eye, right)
+
+    start = (ridge * mean, right + jnp.nan)
+    return jax.lax.while_loop(fails, attempt, start)[1]
+
+
+def one_by_one(routine: Callable[..., Array]) -> Callable[..., Array]:
+    """A routine of LAPACK's that on CPU takes the matrices of a batch one after another.
+
+    Over a batch it would wait for the thread pool that it runs on. Where two do so at once, on
+    several devices or as independent parts of one program, that is for ever.
+    """
+
+    def call(*arguments: Array) -> Array:
+        sequential = jax.custom_batching.sequential_vmap(routine)
+        found: Array = jax.lax.platform_dependent(*arguments, cpu=sequential, default=routine)
+        return found
+
+    return call
+
+
+def _solve(matrix: Float[Array, "l l"], right: Float[Array, "l c"]) -> Float[Array, "l c"]:
+    """The solution for a positive definite matrix."""
+    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(matrix), right)

@@ -9,8 +9,10 @@ The theorems speak of keys and values of norm at most one and of queries of norm
 - attention is affine in the values, so their mean and size come out and are put back.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
@@ -44,6 +46,27 @@ class Reduction(NamedTuple):
     scale: Float[Array, "*heads"]
 
 
+class Calibration(NamedTuple):
+    r"""What a cache asks of a coreset, judged by sample queries; one entry a head.
+
+    Attributes:
+      query_norm: largest norm of a sample query, ``[...]``.
+      rho: radius of the unit queries, :math:`\mathrm{scale}\,\kappa\,\max\|q\|`, ``[...]``.
+      rho_quantiles: the same for quantiles of the norms, ``[..., quantiles]``.
+      key_radius: :math:`\kappa = \max_i \|k_i - \bar k\|`, ``[...]``.
+      key_spread: root mean square distance of the keys over that, ``[...]``.
+      dominating: the share of the pairs that have 90 % of a query's attention, in the mean over
+        the samples, ``[...]``: small where attention is sharp.
+    """
+
+    query_norm: Float[Array, "*heads"]
+    rho: Float[Array, "*heads"]
+    rho_quantiles: Float[Array, "*heads quantiles"]
+    key_radius: Float[Array, "*heads"]
+    key_spread: Float[Array, "*heads"]
+    dominating: Float[Array, "*heads"]
+
+
 def check_radius(
     keys: Float[Array, "*heads n d"],
     rho: ArrayLike | None,
@@ -65,7 +88,41 @@ def check_radius(
         validation.check_queries(queries, keys)
 
 
+def radius_arrays(keys: Array, values: Array, *radii: ArrayLike | None) -> tuple[Array | None, ...]:
+    """Radii as arrays of the dtype of sums, so that Python numbers and arrays share a trace."""
+    dtype = accumulation_dtype(keys, values)
+    return tuple(None if radius is None else jnp.asarray(radius, dtype) for radius in radii)
+
+
+def radii_of_heads(
+    keys: Float[Array, "*heads n d"], values: Array, *radii: Array | None
+) -> tuple[Float[Array, "*heads"] | None, ...]:
+    """Radii that are one number or one a head as one a head, sharded as the keys are."""
+    zeros = jnp.zeros_like(keys[..., 0, 0], accumulation_dtype(keys, values))
+    return tuple(None if radius is None else zeros + radius.astype(zeros.dtype) for radius in radii)
+
+
 def _center_radius_spread(
+    array: Float[Array, "*heads n d"], lengths: Int[Array, "*heads"] | None
+) -> tuple[Float[Array, "*heads d"], Float[Array, "*heads"], Float[Array, "*heads"]]:
+    # In units of a power of two near the largest number, or squares would under- or overflow.
+    inside = jnp.full((), True)
+    if lengths is not None:
+        inside = (jnp.arange(array.shape[-2]) < jnp.asarray(lengths)[..., None])[..., None]
+    peak = jnp.max(jnp.where(inside, jnp.abs(array), 0), axis=(-2, -1), keepdims=True)
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(peak), peak, 0))
+    # Well within the exponents of the dtype, so that neither factor over- or underflows. A product
+    # with a power of two is exact, and fuses with the sums.
+    most = jnp.finfo(array.dtype).maxexp - 8
+    unit = jnp.ldexp(jnp.ones_like(peak), jnp.clip(exponent, -most, most))
+    center, radius, spread = _scaled_extent(array * (1 / unit), lengths)
+    unit = unit[..., 0, 0]
+    # Where all rows agree the radius is 1, whatever their size.
+    radius = jnp.where(spread > 0, radius * unit, radius)
+    return center * unit[..., None], radius, spread
+
+
+def _scaled_extent(
     array: Float[Array, "*heads n d"], lengths: Int[Array, "*heads"] | None
 ) -> tuple[Float[Array, "*heads d"], Float[Array, "*heads"], Float[Array, "*heads"]]:
     if lengths is None:
@@ -205,3 +262,100 @@ def restore_queries(
 ) -> Float[Array, "*heads q d"]:
     """The inverse of :func:`unit_queries`."""
     return unit / (reduction.scale * reduction.key_radius)[..., None, None]
+
+
+def calibrate(
+    keys: Float[Array, "*heads n d"],
+    queries: Float[Array, "*heads q d"],
+    *,
+    scale: float | None = None,
+    lengths: Int[Array, "*heads"] | None = None,
+    quantiles: Sequence[float] = (0.5, 0.9, 0.99),
+    mass: float = 0.9,
+) -> Calibration:
+    r"""Measures which case of the theory a cache is: its radius, and how sharp its attention is.
+
+    .. math:: \rho = \mathrm{scale} \cdot \max_i \|k_i - \bar k\| \cdot \max \|q\|
+
+    Up to :math:`\rho` of 3 or 4 errors can be certified; beyond, :math:`e^\rho` promises
+    nothing, and what a coreset gives is what it measures. Where few pairs dominate, no fixed
+    share of them serves all queries.
+
+    Args:
+      keys: cached keys ``[..., n, d]``.
+      queries: raw queries that read them ``[..., q, d]``, those of a group one after another.
+      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      lengths: valid pairs of each head ``[...]``; ``None`` means all.
+      quantiles: of the norms of the queries, each between 0 and 1.
+      mass: the share of the attention in ``dominating``.
+
+    Returns:
+      The calibration, in float32 or wider.
+
+    Raises:
+      ValueError: if shapes do not fit, or a quantile or ``mass`` lies outside 0..1.
+
+    References:
+      Liberty, Andoni, Kleiner, *Nearly Optimal Attention Coresets*, 2026, Section 2.
+
+    >>> import jax
+    >>> keys, queries = jax.random.normal(jax.random.key(0), (2, 4, 256, 16))
+    >>> calibration = calibrate(keys, queries)
+    >>> calibration.rho.shape, calibration.rho_quantiles.shape
+    ((4,), (4, 3))
+    """
+    validation.check_cache(keys, keys)
+    validation.check_queries(queries, keys)
+    validation.check_lengths(lengths, keys)
+    validation.check_positive("scale", scale)
+    for name, shares in (("quantiles", tuple(quantiles)), ("mass", (mass,))):
+        if not shares or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"{name} must lie between 0 and 1, got {shares}.")
+    scale = default_scale(keys.shape[-1]) if scale is None else scale
+    return _calibrate(keys, queries, lengths, scale, jnp.asarray(quantiles), mass)
+
+
+@jax.jit
+def _calibrate(
+    keys: Float[Array, "*heads n d"],
+    queries: Float[Array, "*heads q d"],
+    lengths: Int[Array, "*heads"] | None,
+    scale: ArrayLike,
+    quantiles: Float[Array, " quantiles"],
+    mass: ArrayLike,
+) -> Calibration:
+    dtype = accumulation_dtype(keys, queries)
+    keys, queries = keys.astype(dtype), queries.astype(dtype)
+    scale, mass = jnp.asarray(scale, dtype), jnp.asarray(mass, dtype)
+    _, key_radius, key_spread = _center_radius_spread(keys, lengths)
+    norms = jnp.linalg.norm(queries, axis=-1)
+    unit = scale * key_radius
+    levels = jnp.moveaxis(jnp.quantile(norms, quantiles.astype(dtype), axis=-1), 0, -1)
+
+    def one_head(keys: Array, queries: Array, length: Array) -> Array:
+        inside = jnp.arange(keys.shape[0]) < length
+
+        def one_query(query: Array) -> Array:
+            scores = scale * jnp.matmul(
+                jnp.where(inside[:, None], keys, 0), query, precision=jax.lax.Precision.HIGHEST
+            )
+            masses = jax.nn.softmax(jnp.where(inside, scores, -jnp.inf))
+            # As many as it takes; those before the last one have less.
+            gathered = jnp.cumsum(-jnp.sort(-masses))
+            return jnp.minimum(1 + jnp.sum(gathered < mass), length) / length
+
+        return jnp.mean(jax.lax.map(one_query, queries, batch_size=16))
+
+    counts = jnp.zeros_like(norms[..., 0], jnp.int32) + (
+        keys.shape[-2] if lengths is None else jnp.asarray(lengths).astype(jnp.int32)
+    )
+    for _ in keys.shape[:-2]:
+        one_head = jax.vmap(one_head)
+    return Calibration(
+        jnp.max(norms, axis=-1),
+        unit * jnp.max(norms, axis=-1),
+        unit[..., None] * levels,
+        key_radius,
+        key_spread,
+        one_head(keys, queries, counts),
+    )

@@ -63,8 +63,8 @@ def check_size(size: object) -> None:
     check_count("size", size)
 
 
-def check_positive(name: str, value: ArrayLike | None, leading: tuple[int, ...] = ()) -> None:
-    """Raises ``ValueError`` unless ``value`` is positive, finite, and one number or one a head.
+def check_finite(name: str, value: ArrayLike | None, leading: tuple[int, ...] = ()) -> None:
+    """Raises ``ValueError`` unless ``value`` is real, finite, and one number or one a head.
 
     ``None`` passes; a traced value has only its shape checked.
     """
@@ -78,20 +78,30 @@ def check_positive(name: str, value: ArrayLike | None, leading: tuple[int, ...] 
     array = np.asarray(value)
     if not (np.issubdtype(array.dtype, np.number) and np.isrealobj(array)):
         raise ValueError(f"{name} must be a real number, got {value!r}.")
-    if not (np.all(np.isfinite(array)) and np.all(array > 0)):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+    if not np.all(np.isfinite(array)):
+        raise ValueError(f"{name} must be finite, got {value!r}.")
 
 
-def static_float(name: str, value: Any) -> Any:
-    """``value`` as a Python float fixed at compile time; ``None`` passes.
+def check_positive(name: str, value: ArrayLike | None, leading: tuple[int, ...] = ()) -> None:
+    """Raises ``ValueError`` unless ``value`` passes :func:`check_finite` and is above zero."""
+    check_finite(name, value, leading)
+    if value is not None and not is_traced(value) and not np.all(np.asarray(value) > 0):
+        raise ValueError(f"{name} must be positive, got {value!r}.")
 
-    Raises ``ValueError`` unless it is a positive, finite number that is not traced.
+
+def static_float(name: str, value: Any, *, positive: bool = True) -> Any:
+    """``value`` as a Python float, so that equal options hash alike; ``None`` passes.
+
+    Raises ``ValueError`` unless it is one finite real number that is not traced, and above zero
+    if ``positive``.
     """
     if value is None:
         return None
     if is_traced(value):
         raise ValueError(f"{name} is fixed at compile time and must not be traced.")
-    check_positive(name, value)
+    check_finite(name, value)
+    if positive:
+        check_positive(name, value)
     return float(value)
 
 

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from coreset_jax.kernels import one_by_one
+
 Count = Int[Array, ""] | int
 Walk = Callable[[Array, Float[Array, "b b"], Float[Array, " b"], Count], Float[Array, " b"]]
 
@@ -182,8 +184,7 @@ def gram_schmidt_rounding(
     regular = jnp.where(both, gram / scale, 0) + jnp.where(alive, ridge, 1.0) * eye
     # M = W W^T is kept by its root: what is left of M after many downdates is small beside M, and
     # would drown in its rounding.
-    root = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(regular), eye, lower=True).T
-    root = jnp.where(both, root, 0)
+    root = jnp.where(both, one_by_one(_inverse_root)(regular, eye), 0)
     # (A^-1)_ii is never below 1 / A_ii.
     least = 1 / jnp.diagonal(regular)
     tiny = jnp.finfo(dtype).tiny
@@ -239,6 +240,11 @@ def gram_schmidt_rounding(
     return jax.lax.fori_loop(0, width, step, state).position
 
 
+def _inverse_root(matrix: Float[Array, "b b"], eye: Float[Array, "b b"]) -> Float[Array, "b b"]:
+    """W with ``W W^T`` the inverse of a positive definite matrix."""
+    return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(matrix), eye, lower=True).T
+
+
 def gram_schmidt(
     rng: Array,
     gram: Float[Array, "b b"],
@@ -271,7 +277,7 @@ def gram_schmidt(
     diagonal = jnp.where(alive, ridge, 1.0) * jnp.eye(width, dtype=gram.dtype)
     regular = jnp.where(both, gram / scale, 0) + diagonal
     targets = jnp.stack([jnp.where(alive, field / scale, 0), alive.astype(gram.dtype)], axis=1)
-    solved, ones = jnp.linalg.solve(regular, targets).T
+    solved, ones = one_by_one(jnp.linalg.solve)(regular, targets).T
     start = jnp.where(alive, ones * jnp.sum(solved) / jnp.maximum(jnp.sum(ones), 1e-30) - solved, 0)
     # Well inside the cube, so that rounding has room in every direction.
     start = start * jnp.minimum(1.0, 0.5 / jnp.maximum(jnp.max(jnp.abs(start)), 1e-30))
