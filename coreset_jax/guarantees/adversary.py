@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from coreset_jax import problem, validation
 from coreset_jax.attention import accumulation_dtype
-from coreset_jax.coreset import Coreset, attend, whole_cache
+from coreset_jax.coreset import Coreset, attend, head_numbers, whole_cache
 from coreset_jax.guarantees.candidates import candidates, unit_vectors
 
 # To screen a candidate costs half a step.
@@ -254,26 +253,16 @@ def _adversary(
         rate = jnp.asarray(learning_rate, dtype)
         return _search_head(head_rng, source, coreset, rho, rate, starts, steps, block_size)
 
-    # Made from the keys, so that it is sharded as they are: vmap asks that of the axes it maps.
-    number = jnp.zeros_like(keys[..., 0, 0], jnp.int32)
-    leading = number.shape
-    for axis, width in enumerate(leading):
-        number = number * width + jax.lax.broadcasted_iota(jnp.int32, leading, axis)
-    for _ in leading:
+    for _ in keys.shape[:-2]:
         search = jax.vmap(search)
     source = unit(whole_cache(keys, values, lengths))
-    errors, points = search(number, source, unit(coreset), reduction.rho)
+    errors, points = search(head_numbers(keys), source, unit(coreset), reduction.rho)
     errors = errors * reduction.value_radius[..., None]
     best = jnp.argmax(errors, axis=-1, keepdims=True)
     point = jnp.take_along_axis(points, best[..., None], axis=-2)
     query = problem.restore_queries(reduction, reduction.rho[..., None, None] * point)
     error = jnp.take_along_axis(errors, best, axis=-1)
     return Adversary(error[..., 0], query[..., 0, :], errors, reduction.rho)
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be a static Python int of at least 1, got {value!r}.")
 
 
 def _check_coreset(coreset: Coreset, keys: Array, values: Array) -> None:
@@ -365,7 +354,7 @@ def adversary(
     problem.check_radius(keys, rho, query_norm, queries, scale)
     _check_coreset(coreset, keys, values)
     for name, count in (("starts", starts), ("steps", steps), ("block_size", block_size)):
-        _check_count(name, count)
+        validation.check_count(name, count)
     validation.check_positive("learning_rate", learning_rate)
     return _adversary(
         rng,

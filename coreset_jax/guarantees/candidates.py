@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from coreset_jax.attention import finish, partial_attention
 from coreset_jax.coreset import Coreset
+from coreset_jax.kernels import one_by_one
 
 # Pairs that stand for the whole source where a guess is all that is needed.
 _SAMPLE = 256
@@ -77,6 +78,10 @@ def _jacobian(pairs: Coreset) -> Float[Array, "dv d"]:
     return residuals.T @ pairs.keys / total
 
 
+def _right_singular_vectors(matrix: Float[Array, "dv d"]) -> Float[Array, "vectors d"]:
+    return jnp.linalg.svd(matrix, full_matrices=False)[2]
+
+
 def candidates(
     rng: Array,
     source: Coreset,
@@ -117,7 +122,7 @@ def candidates(
     others = unit_vectors(source.keys[others])
 
     # At a small radius it is the right singular vector of the error's derivative at the centre.
-    _, _, singular = jnp.linalg.svd(_jacobian(source) - _jacobian(coreset), full_matrices=False)
+    singular = one_by_one(_right_singular_vectors)(_jacobian(source) - _jacobian(coreset))
     singular = singular[: count // 8]
 
     # The rest at all radii: where scores saturate the worst query may lie inside.

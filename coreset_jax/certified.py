@@ -1,0 +1,225 @@
+r"""Compression to a size, or to an error that is certified.
+
+With a size, :func:`compress` is :func:`coreset_jax.compression.balanced`. With an error, the cache
+is halved as long as a certificate allows it: what comes back answers every query of the ball
+within that error, and half of it could not be shown to.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from coreset_jax import validation
+from coreset_jax.compression import balanced
+from coreset_jax.coreset import Compressor, Coreset
+from coreset_jax.guarantees.certificate import Certificate, certificate
+from coreset_jax.guarantees.sizes import reachable_error
+from coreset_jax.problem import reduce
+
+# What a certificate is worth, over the error that theory predicts: where to begin the search.
+_LOOSENESS = 2.0
+
+
+class Certified(NamedTuple):
+    """A coreset and what it promises.
+
+    Attributes:
+      coreset: the coreset.
+      certificate: its certificate; ``certificate.error`` is at most the ``eps`` asked for.
+    """
+
+    coreset: Coreset
+    certificate: Certificate
+
+
+class OutOfReachError(ValueError):
+    """No coreset of at most half the pairs could be certified to the error asked for.
+
+    Attributes:
+      smallest: what half of the pairs, the most that the search tries, are certified to; infinite
+        where nothing can be promised at all.
+    """
+
+    def __init__(self, eps: float, smallest: float, size: int) -> None:
+        found = (
+            f"are certified to {smallest:g}. Ask for that, or for a smaller ball of queries."
+            if math.isfinite(smallest)
+            else "cannot be certified to anything. Ask for a smaller ball of queries."
+        )
+        super().__init__(f"eps {eps:g} is out of reach: {size} pairs a head, half of them, {found}")
+        self.smallest = smallest
+
+
+@overload
+def compress(
+    rng: Array,
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    *,
+    size: int,
+    eps: None = None,
+    rho: ArrayLike | None = None,
+    query_norm: ArrayLike | None = None,
+    queries: Float[Array, "*heads q d"] | None = None,
+    scale: float | None = None,
+    lengths: Int[Array, "*heads"] | None = None,
+    compressor: Compressor | None = None,
+) -> Coreset: ...
+
+
+@overload
+def compress(
+    rng: Array,
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    *,
+    size: None = None,
+    eps: float,
+    rho: ArrayLike | None = None,
+    query_norm: ArrayLike | None = None,
+    queries: Float[Array, "*heads q d"] | None = None,
+    scale: float | None = None,
+    lengths: Int[Array, "*heads"] | None = None,
+    compressor: Compressor | None = None,
+) -> Certified: ...
+
+
+def compress(
+    rng: Array,
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    *,
+    size: int | None = None,
+    eps: float | None = None,
+    rho: ArrayLike | None = None,
+    query_norm: ArrayLike | None = None,
+    queries: Float[Array, "*heads q d"] | None = None,
+    scale: float | None = None,
+    lengths: Int[Array, "*heads"] | None = None,
+    compressor: Compressor | None = None,
+) -> Coreset | Certified:
+    r"""A coreset of ``size`` pairs a head, or the smallest that is certified to an error ``eps``.
+
+    With ``eps``, the sizes are the longest head's length halved again and again, and the one that
+    comes back is certified,
+
+    .. math:: \sup_{\|q\| \le R} \|\mathrm{Attn}(q) - \mathrm{Attn}'(q)\| \le \varepsilon
+
+    for every head, where half of it is not. The search begins at the size that theory predicts and
+    takes a few compressions, each compiled for its size.
+
+    Args:
+      rng: a JAX random key; every head gets a fold of its own.
+      keys: cached keys ``[..., n, d]``, any float dtype.
+      values: cached values ``[..., n, dv]``.
+      size: pairs to keep for each head, static.
+      eps: or the largest error, in the units of the values.
+      rho: the paper's query radius, in the unit problem; a scalar or ``[...]``.
+      query_norm: largest norm of a raw query instead; a scalar or ``[...]``.
+      queries: sample queries ``[..., q, d]`` instead; only their largest norm is used. If none of
+        the three is given, ``query_norm`` is ``sqrt(d)``.
+      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      lengths: valid pairs of each head ``[...]``; the rest is padding and may hold anything.
+      compressor: the method; ``None`` means :func:`coreset_jax.compression.balanced` for this
+        radius. Refits (:mod:`coreset_jax.refit`) are certified to smaller errors.
+
+    Returns:
+      With ``size``, the coreset, with ``min(size, n)`` slots a head; read it with
+      :func:`coreset_jax.coreset.attend`. With ``eps``, a :class:`Certified`.
+
+    Raises:
+      ValueError: on ill-fitting shapes, a ``size`` below 1, ``lengths`` outside ``1..n`` or a
+        radius that is not positive, before any tracing; if not exactly one of ``size`` and
+        ``eps`` is given; with ``eps``, under a transformation of JAX (a size cannot depend on
+        traced data), or if the cache is not finite.
+      OutOfReachError: a ``ValueError`` too, if half of the pairs cannot be certified to ``eps``; it
+        carries the smallest error that they can.
+
+    References:
+      Liberty, Andoni, Kleiner, *Nearly Optimal Attention Coresets*, 2026, Theorem 4.
+
+    >>> import jax, coreset_jax as cj
+    >>> keys, values = jax.random.normal(jax.random.key(0), (2, 1000, 32))
+    >>> coreset = cj.compress(jax.random.key(1), keys, values, size=125, rho=2.0)
+    >>> coreset.indices.shape
+    (125,)
+    """
+    if (size is None) == (eps is None):
+        raise ValueError(
+            f"size must be given, or eps, and not both; got size {size!r} and eps {eps!r}."
+        )
+    if compressor is None:
+        compressor = balanced(rho=rho, query_norm=query_norm, scale=scale)
+    if eps is None:
+        assert size is not None
+        return compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)
+
+    arrays = (rng, keys, values, rho, query_norm, queries, lengths)
+    if any(validation.is_traced(array) for array in arrays):
+        raise ValueError("eps chooses a size by the data, and cannot be traced; give a size.")
+    eps = validation.static_float("eps", eps)
+    assert eps is not None
+    radius: dict[str, Any] = {"rho": rho, "query_norm": query_norm, "scale": scale}
+    if rho is None and query_norm is None:
+        radius["queries"] = queries
+    # Checks all arguments, before anything is compressed.
+    reduction = reduce(keys, values, lengths=lengths, **radius)
+    longest = keys.shape[-2] if lengths is None else int(np.max(np.asarray(lengths)))
+    halves = [-(-longest // 2**level) for level in range(1, max(longest - 1, 1).bit_length() + 1)]
+
+    def attempt(size: int) -> Certified:
+        coreset = compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)
+        return Certified(coreset, certificate(keys, values, coreset, lengths=lengths, **radius))
+
+    def predicted(size: int) -> float:
+        width = max(keys.shape[-1], values.shape[-1])
+        return max(
+            _LOOSENESS * float(extent) * _theory(width, float(rho), size)
+            for rho, extent in zip(
+                np.ravel(reduction.rho), np.ravel(reduction.value_radius), strict=True
+            )
+        )
+
+    likely = [level for level, half in enumerate(halves) if predicted(half) <= eps]
+    return _search(attempt, halves, likely[-1] if likely else 0, eps)
+
+
+def _theory(width: int, rho: float, size: int) -> float:
+    """What Theorem 4 promises; infinite where there is nothing to be had."""
+    if not 0 < rho < 500:
+        return math.inf
+    return reachable_error(width, rho, size)
+
+
+def _search(
+    attempt: Callable[[int], Certified], halves: list[int], level: int, eps: float
+) -> Certified:
+    """The result for a size of ``halves`` that is certified where the next one is not."""
+
+    def worst(result: Certified) -> float:
+        error = float(jnp.max(result.certificate.error))
+        if math.isnan(error):
+            raise ValueError("keys, values and the coreset of them must be finite to be certified.")
+        return error
+
+    result = attempt(halves[level])
+    error = worst(result)
+    if error <= eps:
+        while level + 1 < len(halves):
+            smaller = attempt(halves[level + 1])
+            if worst(smaller) > eps:
+                break
+            level, result = level + 1, smaller
+        return result
+    while error > eps:
+        if level == 0:
+            raise OutOfReachError(eps, error, halves[0])
+        level -= 1
+        result = attempt(halves[level])
+        error = worst(result)
+    return result

@@ -1,0 +1,155 @@
+"""A source and its coreset as the atoms of one exponential sum, which is how they disagree."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from coreset_jax import problem
+from coreset_jax.coreset import Coreset
+from coreset_jax.guarantees.degrees import Measure
+from coreset_jax.guarantees.norms import row_norms, unit_roundoff
+
+
+class Atoms(NamedTuple):
+    """Source and coreset of one head as atoms of the unit problem.
+
+    Attributes:
+      difference: source minus coreset.
+      coreset: the coreset alone.
+      source_norm: the largest norm of a value of the source.
+      coreset_norm: and of the coreset, infinite if its output is no convex combination of them.
+      finite: whether everything is.
+    """
+
+    difference: Measure
+    coreset: Measure
+    source_norm: Float[Array, ""]
+    coreset_norm: Float[Array, ""]
+    finite: Bool[Array, ""]
+
+
+def holds_pairs_of(
+    coreset: Coreset,
+    keys: Float[Array, "n d"],
+    values: Float[Array, "n dv"],
+    length: Int[Array, ""],
+) -> Bool[Array, ""]:
+    """Whether all pairs of a coreset are, bit by bit, distinct pairs of the source."""
+    if coreset.normalizers is not None:
+        return jnp.zeros_like(length, bool)
+    indices, empty = coreset.indices, jnp.isneginf(coreset.log_weights)
+    rows = jnp.clip(indices, 0, keys.shape[0] - 1)
+    alike = jnp.all(keys[rows] == coreset.keys, axis=-1)
+    alike &= jnp.all(values[rows] == coreset.values, axis=-1)
+    alike &= (indices >= 0) & (indices < length)
+    ascending = indices[1:] > indices[:-1]
+    return jnp.all(alike | empty) & jnp.all(ascending | empty[1:] | empty[:-1])
+
+
+def _weights(coreset: Coreset, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
+    """Weights, normalizers, and the relative error of a weight in unit roundoffs."""
+    log_weights = coreset.log_weights.astype(dtype)
+    heaviest = jnp.max(log_weights)
+    logarithms = log_weights - jnp.where(jnp.isneginf(heaviest), 0, heaviest)
+    weights, taken = jnp.exp(logarithms), log_weights > -jnp.inf
+    if coreset.normalizers is None:
+        normalizers = jnp.ones_like(weights)
+    else:
+        normalizers = coreset.normalizers.astype(dtype)
+    normalizers = jnp.where(taken, normalizers, jnp.zeros_like(weights))
+    # Any common factor of the weights is as good as another: it cancels. The sum makes numerator
+    # and denominator comparable with the source's.
+    total = jnp.sum(weights * normalizers)
+    absolute = jnp.sum(weights * jnp.abs(normalizers))
+    total = jnp.where(total > 0, total, jnp.where(absolute > 0, absolute, 1))
+    # Attention works with logarithms, and reads what underflows here: such a weight is somewhere
+    # between nothing and twice the least number.
+    least = 1024 * jnp.finfo(dtype).tiny
+    weights = jnp.where(taken, jnp.maximum(weights / total, least), 0)
+    # Roundings of the logarithm, which the exponential magnifies, of itself, and of the quotient.
+    errors = jnp.where(weights > least, 32 + 2 * jnp.abs(logarithms), 1 / unit_roundoff(dtype))
+    return weights, normalizers, jnp.where(taken, errors, 0)
+
+
+def atoms_of(
+    keys: Float[Array, "n d"],
+    values: Float[Array, "n dv"],
+    coreset: Coreset,
+    reduction: problem.Reduction,
+    length: Int[Array, ""],
+    held: Bool[Array, ""],
+    block_size: int,
+) -> Atoms:
+    """The atoms of one head.
+
+    The atoms of both sides stand one behind the other. Where the coreset's pairs are the source's,
+    a kept pair is one atom instead, with the difference of both weights: fewer atoms, and no
+    cancellation between them.
+    """
+    dtype = reduction.rho.dtype
+    unit = unit_roundoff(dtype)
+    inside = jnp.arange(keys.shape[0]) < length
+    weights, normalizers, weight_errors = _weights(coreset, dtype)
+    taken = weights > 0
+
+    def shown(mask: Array, rows: Array) -> Array:
+        # What is masked may hold anything: it is selected away, not multiplied by zero.
+        return jnp.where(mask[:, None], rows, jnp.zeros_like(rows))
+
+    kept_keys = shown(taken, problem.unit_keys(reduction, coreset.keys.astype(dtype)))
+    # Values of a refit are coefficients of the output, which a mean value enters times z.
+    shift = normalizers[:, None] * reduction.value_center
+    kept_values = shown(taken, (coreset.values.astype(dtype) - shift) / reduction.value_radius)
+    kept_norms = row_norms(kept_values)
+    # A difference of two numbers is exact but for its last rounding; a product in it is not.
+    shift_errors = jnp.zeros_like(kept_norms)
+    if coreset.normalizers is not None:
+        shift_errors = 4 * unit * row_norms(shift) / reduction.value_radius
+    kept_masses = weights * normalizers
+    mass_errors = unit * weight_errors * jnp.abs(kept_masses)
+    vector_errors = weights * (unit * weight_errors * kept_norms + shift_errors)
+    kept = Measure(
+        kept_keys, weights[:, None] * kept_values, kept_masses, vector_errors, mass_errors
+    )
+    ratios = (kept_norms + shift_errors) / jnp.where(taken, normalizers, 1)
+    convex = jnp.all((normalizers > 0) | ~taken) & jnp.any(taken)
+
+    rows = jnp.where(held & taken, coreset.indices, keys.shape[0])
+    masses = jnp.where(inside, 1 / length.astype(dtype), jnp.zeros_like(keys[:, 0], dtype))
+    errors = jnp.zeros_like(masses).at[rows].add(mass_errors, mode="drop")
+    masses = masses.at[rows].add(-kept_masses, mode="drop")
+    errors += 4 * unit * jnp.abs(masses)
+    source_values = shown(inside, problem.unit_values(reduction, values.astype(dtype)))
+    source_norms = row_norms(source_values)
+    source = Measure(
+        shown(inside, problem.unit_keys(reduction, keys.astype(dtype))),
+        masses[:, None] * source_values,
+        masses,
+        source_norms * (errors + 8 * unit * jnp.abs(masses)),
+        errors,
+    )
+    own = jnp.where(held, 0, 1).astype(dtype)
+    taken_away = Measure(*(own * array for array in kept))
+    taken_away = taken_away._replace(vectors=-taken_away.vectors, masses=-taken_away.masses)
+
+    def padded(array: Array) -> Array:
+        missing = -array.shape[0] % block_size
+        return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+    # Padding of the source is no part of it; everything of the coreset is read by attention.
+    numbers = [*reduction, coreset.keys, coreset.values, normalizers]
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(array)) for array in numbers]))
+    finite &= jnp.all(coreset.log_weights < jnp.inf)
+    grow = 1 + 64 * unit
+    return Atoms(
+        difference=Measure(*map(padded, map(_behind, source, taken_away))),
+        coreset=Measure(*map(padded, kept)),
+        source_norm=grow * jnp.max(source_norms),
+        coreset_norm=jnp.where(convex, grow * jnp.max(ratios), jnp.inf),
+        finite=finite,
+    )
+
+
+def _behind(first: Array, second: Array) -> Array:
+    return jnp.concatenate([first, second])
