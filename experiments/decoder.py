@@ -117,18 +117,25 @@ def causal_attention(
     grouped = grouped.transpose(0, 2, 3, 1, 4)
     keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
     chunk = max(128, -(-length // 16))
-    outputs = []
-    for start in range(0, length, chunk):
-        end = min(start + chunk, length)
-        rows = grouped[:, :, :, start:end].reshape(batch, kv_heads, group * (end - start), head_dim)
-        scores = jnp.einsum("bkld,bkmd->bklm", rows, keys[:, :, :end])
-        visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)
+
+    # Gradients compute the scores again: those of a long sequence would not fit.
+    @jax.checkpoint
+    def read(rows: Array, keys: Array, values: Array) -> Array:
+        count, end = rows.shape[3], keys.shape[2]
+        rows = rows.reshape(batch, kv_heads, group * count, head_dim)
+        scores = jnp.einsum("bkld,bkmd->bklm", rows, keys)
+        visible = jnp.arange(end - count, end)[:, None] >= jnp.arange(end)
         scores = jnp.where(jnp.tile(visible, (group, 1)), scores, -jnp.inf)
         peaks = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - peaks)
         sums = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("bklm,bkmd->bkld", weights, values[:, :, :end]) / sums
-        outputs.append(out.reshape(batch, kv_heads, group, end - start, head_dim))
+        out = jnp.einsum("bklm,bkmd->bkld", weights, values) / sums
+        return out.reshape(batch, kv_heads, group, count, head_dim)
+
+    outputs = []
+    for start in range(0, length, chunk):
+        end = min(start + chunk, length)
+        outputs.append(read(grouped[:, :, :, start:end], keys[:, :, :end], values[:, :, :end]))
     joined = jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4)
     return joined.reshape(batch, length, query_heads, head_dim)
 

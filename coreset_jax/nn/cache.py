@@ -1,0 +1,427 @@
+"""A key-value cache of fixed size: sinks, a compressed middle, and a window of recent pairs.
+
+The first pairs of a sequence and the newest ones are kept exactly. What leaves the window joins
+the middle, a coreset of everything in between, whose weights enter attention as a bias on the
+scores. Shapes never change, so a decoding step is traced once.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt32
+
+from coreset_jax import validation
+from coreset_jax.attention import default_scale
+from coreset_jax.nn import checks
+from coreset_jax.nn import middle as middles
+from coreset_jax.nn import stretch as stretches
+from coreset_jax.nn.config import CacheConfig
+from coreset_jax.nn.grouped import Part, attend, by_head
+from coreset_jax.nn.stretch import Stretch
+from coreset_jax.summary import Summary
+
+
+@struct.dataclass
+class CoresetCache:
+    """The compressed cache of one attention layer: a pytree of fixed shapes.
+
+    All methods are pure: they return a new cache. Two caches that share their arrays are a fork,
+    and cost nothing. Batch entries are independent of each other. A NaN or an infinity makes the
+    outputs of its head NaN as long as it is held, and for good once it has joined the middle.
+
+    Attributes:
+      sinks: the first pairs of each sequence.
+      middle: what stands for the pairs between; one :class:`~coreset_jax.summary.Summary` a head.
+      recent: the newest pairs of each sequence, oldest first.
+      filled: how many of ``recent`` are meant ``[batch]``.
+      lengths: pairs that have come ``[batch]``.
+      rng: data of a random key, for compressors that want one.
+      config: the options.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from coreset_jax.nn import CacheConfig, CoresetCache
+    >>> config = CacheConfig(size=96, sinks=4, window=16, block_size=16, landmarks=16)
+    >>> keys, values = jax.random.normal(jax.random.key(0), (2, 1, 500, 2, 8))
+    >>> cache = CoresetCache.init(config, jax.random.key(1), keys, values)
+    >>> cache = cache.prefill(keys, values)
+    >>> cache = cache.append(keys[:, :1], values[:, :1])
+    >>> cache.attend(jnp.ones((1, 1, 4, 8))).shape, int(cache.lengths[0])
+    ((1, 1, 4, 8), 501)
+    """
+
+    sinks: Stretch
+    middle: Summary
+    recent: Stretch
+    filled: Int[Array, " batch"]
+    lengths: Int[Array, " batch"]
+    rng: UInt32[Array, " words"]
+    config: CacheConfig = struct.field(pytree_node=False)
+
+    @classmethod
+    def init(
+        cls,
+        config: CacheConfig,
+        rng: Array,
+        keys: Float[Array, "batch length kv_heads head_dim"],
+        values: Float[Array, "batch length kv_heads value_dim"],
+    ) -> "CoresetCache":
+        """An empty cache for keys and values like these.
+
+        Args:
+          config: the options.
+          rng: a JAX random key.
+          keys: arrays like those to come, ``[batch, any, kv_heads, head_dim]``; shape, dtype and
+            sharding are taken, contents are not.
+          values: the same, ``[batch, any, kv_heads, value_dim]``.
+
+        Raises:
+          ValueError: if keys and values do not fit each other.
+        """
+        checks.check_pairs(keys, values)
+        key, value = (by_head(array)[..., 0, :] for array in (keys, values))
+        # Two arrays, or they could not both be donated.
+        filled, lengths = (jnp.zeros_like(key[:, 0, 0], jnp.int32) for _ in range(2))
+        return cls(
+            stretches.empty(config.sinks, key, value),
+            middles.empty(config, key, value),
+            stretches.empty(config.recent, key, value),
+            filled,
+            lengths,
+            jax.random.bits(rng, (2,), jnp.uint32),
+            config,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays of the cache."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def positions(self) -> Int[Array, "batch kv_heads size"]:
+        """Places in the sequence of the pairs held, -1 in empty slots: sinks, middle, recent."""
+        sinks = jnp.arange(self.config.sinks)
+        sinks = jnp.where(sinks < self.lengths[:, None], sinks, -1)
+        recent = jnp.arange(self.config.recent)
+        first = (self.lengths - self.filled)[:, None]
+        recent = jnp.where(recent < self.filled[:, None], first + recent, -1)
+        middle = middles.positions(self.middle)
+        spread = [
+            jnp.broadcast_to(part[:, None], (*middle.shape[:2], part.shape[-1]))
+            for part in (sinks, recent)
+        ]
+        return jnp.concatenate([spread[0], middle, spread[1]], axis=-1).astype(jnp.int32)
+
+    def prefill(
+        self,
+        keys: Float[Array, "batch length kv_heads head_dim"],
+        values: Float[Array, "batch length kv_heads value_dim"],
+        lengths: Int[Array, " batch"] | None = None,
+        queries: Float[Array, "batch asked heads head_dim"] | None = None,
+    ) -> "CoresetCache":
+        """A cache that holds a prompt, compressed at once; whatever was in it is gone.
+
+        Args:
+          keys: keys of the prompt, positions applied ``[batch, length, kv_heads, head_dim]``.
+          values: values ``[batch, length, kv_heads, value_dim]``.
+          lengths: valid pairs of each sequence ``[batch]``, from 0 on; the rest is padding and
+            may hold anything. ``None`` means all.
+          queries: sample queries for compressors that want them
+            ``[batch, any, heads, head_dim]``.
+
+        Raises:
+          ValueError: if shapes, dtypes or lengths do not fit the cache, or the prompt is longer
+            than ``max_length``.
+        """
+        self._check(keys, values, lengths)
+        self._check_prompt(keys)
+        if queries is not None:
+            self._check_queries(queries)
+        return _prefill(self, keys, values, lengths, queries)
+
+    def append(
+        self,
+        keys: Float[Array, "batch length kv_heads head_dim"],
+        values: Float[Array, "batch length kv_heads value_dim"],
+        lengths: Int[Array, " batch"] | None = None,
+    ) -> "CoresetCache":
+        """The cache after the next pairs: one in decoding, or many.
+
+        Args:
+          keys: the next keys, positions applied ``[batch, length, kv_heads, head_dim]``.
+          values: their values ``[batch, length, kv_heads, value_dim]``.
+          lengths: how many of them are meant ``[batch]``, from 0 on; ``None`` means all.
+
+        Raises:
+          ValueError: if shapes, dtypes or lengths do not fit the cache.
+        """
+        self._check(keys, values, lengths)
+        return _append(self, keys, values, lengths)
+
+    def attend(
+        self,
+        queries: Float[Array, "batch length heads head_dim"],
+        keys: Float[Array, "batch length kv_heads head_dim"] | None = None,
+        values: Float[Array, "batch length kv_heads value_dim"] | None = None,
+        lengths: Int[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch length heads value_dim"]:
+        """Attention over the cache, and causally over pairs that are about to be appended.
+
+        Args:
+          queries: queries, positions applied ``[batch, length, heads, head_dim]``; head ``h``
+            reads key-value head ``h // (heads // kv_heads)``.
+          keys: the keys that come with the queries, one each, or ``None``. Query ``i`` reads the
+            cache and the first ``i + 1`` of these.
+          values: their values.
+          lengths: how many of them are meant ``[batch]``; outputs behind that mean nothing.
+
+        Returns:
+          Outputs in the dtype of the values; zero where there is nothing to attend to.
+
+        Raises:
+          ValueError: if shapes, dtypes or lengths do not fit the cache or each other.
+        """
+        self._check_queries(queries)
+        if (keys is None) != (values is None):
+            raise ValueError("keys and values must be given together.")
+        if keys is None and lengths is not None:
+            raise ValueError("lengths go with keys and values, which are not given.")
+        if keys is not None:
+            self._check(keys, values, lengths)
+            if keys.shape[1] != queries.shape[1]:
+                raise ValueError(
+                    f"keys must come one with each query; got queries {queries.shape} and "
+                    f"keys {keys.shape}."
+                )
+        return _attend(self, queries, keys, values, lengths)
+
+    def read_and_extend(
+        self,
+        queries: Float[Array, "batch length heads head_dim"],
+        keys: Float[Array, "batch length kv_heads head_dim"],
+        values: Float[Array, "batch length kv_heads value_dim"],
+        lengths: Int[Array, " batch"] | None = None,
+    ) -> tuple[Float[Array, "batch length heads value_dim"], "CoresetCache"]:
+        """What an attention layer does with new tokens: they attend, and join the cache.
+
+        More than one token for a sequence of which the cache holds nothing are a prompt, and
+        compressed at once.
+
+        Args:
+          queries: as for :meth:`attend`.
+          keys: as for :meth:`attend`.
+          values: as for :meth:`attend`.
+          lengths: as for :meth:`attend`.
+
+        Returns:
+          The outputs, and the cache behind these tokens.
+
+        Raises:
+          ValueError: as for :meth:`attend`, and if more tokens come at once than ``max_length``.
+        """
+        outputs = self.attend(queries, keys, values, lengths)
+        self._check_prompt(keys)
+        return outputs, _extend(self, queries, keys, values, lengths)
+
+    @property
+    def _scale(self) -> float:
+        width = self.recent.keys.shape[-1]
+        return default_scale(width) if self.config.scale is None else float(self.config.scale)
+
+    @property
+    def _key(self) -> Array:
+        return jax.random.wrap_key_data(self.rng, impl="threefry2x32")
+
+    def _check(self, keys: Any, values: Any, lengths: Any) -> None:
+        checks.check_pairs(keys, values)
+        for name, array, held in (
+            ("keys", keys, self.recent.keys),
+            ("values", values, self.recent.values),
+        ):
+            batch, heads, _, width = held.shape
+            if (array.shape[0], *array.shape[2:]) != (batch, heads, width):
+                raise ValueError(
+                    f"{name} must be [batch, length, kv_heads, head_dim] of a cache for batch "
+                    f"{batch}, {heads} kv heads and width {width}; got {array.shape}."
+                )
+            if array.dtype != held.dtype:
+                raise ValueError(
+                    f"{name} must have the cache's dtype {held.dtype}, got {array.dtype}."
+                )
+        checks.check_lengths(lengths, keys)
+
+    def _check_queries(self, queries: Any) -> None:
+        validation.check_floating("queries", queries)
+        batch, kv_heads, _, width = self.recent.keys.shape
+        if queries.ndim != 4 or queries.shape[0] != batch or queries.shape[-1] != width:
+            raise ValueError(
+                f"queries must be [batch, length, heads, head_dim] with batch {batch} and "
+                f"head_dim {width}, got {queries.shape}."
+            )
+        if queries.shape[2] == 0 or queries.shape[2] % kv_heads:
+            raise ValueError(
+                f"queries must have a multiple of the cache's {kv_heads} kv heads, "
+                f"got {queries.shape}."
+            )
+
+    def _check_prompt(self, keys: Any) -> None:
+        limit = self.config.max_length
+        if limit is not None and keys.shape[1] > limit:
+            raise ValueError(
+                f"the prompt must not be longer than max_length {limit}; got keys {keys.shape}."
+            )
+
+
+# Compiled here, so that calls that are not under jit do not compile anew each time.
+
+
+@jax.jit
+def _prefill(
+    cache: CoresetCache, keys: Array, values: Array, lengths: Array | None, queries: Array | None
+) -> CoresetCache:
+    config = cache.config
+    lengths = _counts(cache, keys, lengths)
+    spared = jnp.minimum(lengths, config.sinks)
+    first = jnp.maximum(lengths - config.recent, spared)
+    prompt = Stretch(by_head(keys), by_head(values))
+    rng = jax.random.fold_in(cache._key, 0)
+    return dataclasses.replace(
+        cache,
+        sinks=stretches.cut(prompt, config.sinks, jnp.zeros_like(lengths), lengths),
+        middle=middles.compress(config, rng, prompt, first - spared, queries),
+        recent=stretches.cut(prompt, config.recent, first, lengths),
+        filled=lengths - first,
+        lengths=lengths,
+    )
+
+
+@jax.jit
+def _append(cache: CoresetCache, keys: Array, values: Array, lengths: Array | None) -> CoresetCache:
+    counts = _counts(cache, keys, lengths)
+    total = keys.shape[1]
+    width = min(total, cache.config.block_size)
+    pieces = -(-total // width)
+    padding = ((0, 0), (0, 0), (0, pieces * width - total), (0, 0))
+    new = Stretch(*(jnp.pad(by_head(array), padding) for array in (keys, values)))
+
+    def piece(number: Array | int, cache: CoresetCache) -> CoresetCache:
+        start = number * width
+        inside = jnp.clip(counts - start, 0, width)
+        # A batch decodes in step: as a rule all sequences are full at once, and most steps none.
+        full = cache.filled + inside > cache.config.recent
+        cache = jax.lax.cond(jnp.any(full), lambda: _flush(cache, full), lambda: cache)
+        pairs = (jax.lax.dynamic_slice_in_dim(array, start, width, 2) for array in new)
+        return _write(cache, Stretch(*pairs), inside)
+
+    return piece(0, cache) if pieces == 1 else jax.lax.fori_loop(0, pieces, piece, cache)
+
+
+@jax.jit
+def _attend(
+    cache: CoresetCache,
+    queries: Array,
+    keys: Array | None,
+    values: Array | None,
+    lengths: Array | None,
+) -> Array:
+    new = None
+    if keys is not None and values is not None:
+        new = Stretch(by_head(keys), by_head(values))
+        if lengths is not None:
+            start, end = jnp.zeros_like(cache.lengths), _counts(cache, keys, lengths)
+            new = stretches.cut(new, keys.shape[1], start, end)
+    outputs = attend(queries, _held(cache), new, cache._scale)
+    return outputs.astype(cache.recent.values.dtype)
+
+
+@jax.jit
+def _extend(
+    cache: CoresetCache, queries: Array, keys: Array, values: Array, lengths: Array | None
+) -> CoresetCache:
+    count = keys.shape[1]
+    if count == 1:
+        return _append(cache, keys, values, lengths)
+    # The last queries of a prompt are the best sample there is of those to come.
+    ends = _counts(cache, keys, lengths)
+    sample = min(count, max(cache.config.window, 1))
+    places = jnp.maximum(ends[:, None] - sample + jnp.arange(sample), 0)
+    asked = jnp.take_along_axis(queries, places[:, :, None, None], axis=1)
+    asked = jnp.where((ends > 0)[:, None, None, None], asked, jnp.zeros_like(asked))
+    starts = cache.lengths == 0
+
+    def started() -> CoresetCache:
+        prefilled = _prefill(cache, keys, values, lengths, asked)
+        # The random key is the one field without a batch axis.
+        batched = dataclasses.replace(prefilled, rng=cache.lengths)
+        unchanged = dataclasses.replace(cache, rng=cache.lengths)
+        chosen = jax.tree.map(
+            lambda new, old: jnp.where(starts.reshape(-1, *[1] * (new.ndim - 1)), new, old),
+            batched,
+            unchanged,
+        )
+        return dataclasses.replace(chosen, rng=cache.rng)
+
+    cache = jax.lax.cond(jnp.any(starts), started, lambda: cache)
+    others = jnp.where(starts, 0, ends)
+    return jax.lax.cond(
+        jnp.all(starts), lambda: cache, lambda: _append(cache, keys, values, others)
+    )
+
+
+def _held(cache: CoresetCache) -> list[Part]:
+    """All that is held, with its log-weights."""
+
+    def exact(stretch: Stretch, counts: Array) -> Part:
+        inside = jnp.arange(stretch.keys.shape[2]) < counts[:, None]
+        return *stretch, jnp.where(inside, 0.0, -jnp.inf)[:, None]
+
+    parts = [exact(cache.recent, cache.filled)]
+    if cache.config.middle:
+        pairs = cache.middle.pairs
+        parts.append((pairs.keys, pairs.values, middles.log_weights(cache.middle)))
+    if cache.config.sinks:
+        parts.append(exact(cache.sinks, cache.lengths))
+    return parts
+
+
+def _flush(cache: CoresetCache, full: Array) -> CoresetCache:
+    """The oldest block of recent pairs joins the middle, in the sequences that are ``full``."""
+    width = cache.config.block_size
+    leaving = jnp.where(full, jnp.minimum(cache.filled, width), 0)
+    middle = cache.middle
+    if cache.config.middle:
+        block = Stretch(*(array[:, :, :width] for array in cache.recent))
+        rng = jax.random.fold_in(cache._key, 1)
+        first = cache.lengths - cache.filled
+        middle = middles.absorb(cache.config, rng, middle, block, first, leaving)
+    return dataclasses.replace(
+        cache,
+        middle=middle,
+        recent=stretches.shift(cache.recent, leaving),
+        filled=cache.filled - leaving,
+    )
+
+
+def _write(cache: CoresetCache, pairs: Stretch, counts: Array) -> CoresetCache:
+    """Puts the first ``counts`` of some pairs where they belong; there is room."""
+    numbers = jnp.arange(pairs.keys.shape[2], dtype=jnp.int32)
+    places = cache.lengths[:, None] + numbers
+    inside = numbers < counts[:, None]
+    to_sinks = inside & (places < cache.config.sinks)
+    spared = jnp.sum(to_sinks, axis=1, dtype=jnp.int32)
+    slots = (cache.filled - spared)[:, None] + numbers
+    return dataclasses.replace(
+        cache,
+        sinks=stretches.put(cache.sinks, pairs, places, to_sinks),
+        recent=stretches.put(cache.recent, pairs, slots, inside & ~to_sinks),
+        filled=cache.filled + counts - spared,
+        lengths=cache.lengths + counts,
+    )
+
+
+def _counts(cache: CoresetCache, keys: Array, lengths: Array | None) -> Int[Array, " batch"]:
+    """How many of some pairs are meant, sharded as the cache."""
+    count = keys.shape[1] if lengths is None else jnp.asarray(lengths).astype(jnp.int32)
+    return jnp.zeros_like(cache.lengths) + count

@@ -1,0 +1,64 @@
+"""Argument checks of caches and layers; they run before any tracing."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from coreset_jax import validation
+
+
+def check_pairs(keys: Any, values: Any) -> None:
+    """Raises ``ValueError`` unless keys and values are ``[batch, length, kv_heads, width]``."""
+    for name, array in (("keys", keys), ("values", values)):
+        validation.check_floating(name, array)
+        if array.ndim != 4 or 0 in array.shape[1:]:
+            raise ValueError(
+                f"{name} must be [batch, length, kv_heads, width], none of them 0; "
+                f"got {array.shape}."
+            )
+    if values.shape[:3] != keys.shape[:3]:
+        raise ValueError(
+            "values must have the batch, length and heads of keys; "
+            f"got keys {keys.shape} and values {values.shape}."
+        )
+
+
+def check_lengths(lengths: Any, keys: Any) -> None:
+    """Raises ``ValueError`` unless integer ``lengths`` ``[batch]`` lie in ``0..length``.
+
+    ``None`` passes; the range of a traced array cannot be seen and is not checked.
+    """
+    if lengths is None:
+        return
+    batch, count = keys.shape[:2]
+    dtype = lengths.dtype if hasattr(lengths, "dtype") else np.asarray(lengths).dtype
+    if np.shape(lengths) != (batch,) or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"lengths must be integers of shape [batch] ({batch},), "
+            f"got {dtype} {np.shape(lengths)}."
+        )
+    if not validation.is_traced(lengths):
+        array = np.asarray(lengths)
+        if array.size and (array.min() < 0 or array.max() > count):
+            raise ValueError(
+                f"lengths must lie in 0..{count} (axis 1 of keys {keys.shape}); "
+                f"got values from {array.min()} to {array.max()}."
+            )
+
+
+def check_decoding(inputs_q: Any, inputs_k: Any, inputs_v: Any, mask: Any) -> None:
+    """Raises ``ValueError`` unless these can be decoded."""
+    if inputs_k is not None or inputs_v is not None:
+        name = "inputs_k" if inputs_k is not None else "inputs_v"
+        raise ValueError(f"{name} must be None with decode: attention is of inputs_q to itself.")
+    if mask is not None:
+        raise ValueError("mask must be None with decode: it is causal; lengths tell of padding.")
+    if inputs_q.ndim != 3:
+        raise ValueError(f"inputs_q must be [batch, length, features], got {inputs_q.shape}.")
+
+
+def check_rope(rope_base: float | None, head_dim: int) -> None:
+    """Raises ``ValueError`` unless heads of this width can be rotated."""
+    if rope_base is not None and head_dim % 2:
+        raise ValueError(f"rope_base needs an even head_dim, got {head_dim}.")

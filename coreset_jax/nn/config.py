@@ -1,0 +1,94 @@
+"""What of a cache is fixed at compile time."""
+
+import dataclasses
+from typing import Any
+
+from coreset_jax import validation, walks
+from coreset_jax.attention import default_scale
+from coreset_jax.coreset import Compressor
+from coreset_jax.sketch import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """What of a cache is fixed at compile time.
+
+    Attributes:
+      size: pairs that each head holds, of all kinds.
+      sinks: first pairs of a sequence, kept exactly.
+      window: newest pairs that are exact at any time.
+      block_size: pairs that leave the window together, even; so many more than ``window`` may be
+        exact. A decoding step does real work once in so many steps.
+      landmarks: keys that keep the error of the middle, see
+        :func:`coreset_jax.streaming.merge_and_reduce`.
+      query_norm: largest norm of a query; ``None`` means ``sqrt(head_dim)``.
+      scale: the softmax scale; ``None`` means ``1/sqrt(head_dim)``.
+      compressor: compresses prompts, sample queries given, and halves blocks of what leaves the
+        window, where there are none and it has to return a subset. ``None`` means
+        :func:`coreset_jax.refit.nystrom` of :func:`coreset_jax.compression.balanced` for prompts,
+        and balancing with feedback behind the window.
+      max_length: most tokens of one call; ``None`` for no limit.
+
+    ``size == sinks + window + block_size`` leaves no room for a middle: older pairs are dropped.
+    """
+
+    size: int
+    sinks: int = 4
+    window: int = 128
+    block_size: int = 64
+    landmarks: int = 128
+    query_norm: float | None = None
+    scale: float | None = None
+    compressor: Compressor | None = None
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` on options that contradict each other."""
+        validation.check_size(self.size)
+        validation.check_count("sinks", self.sinks, 0)
+        validation.check_count("window", self.window, 0)
+        validation.check_count("block_size", self.block_size, 2)
+        validation.check_count("landmarks", self.landmarks)
+        for name in ("query_norm", "scale"):
+            number = validation.static_float(name, getattr(self, name))
+            object.__setattr__(self, name, number)
+        if self.block_size % 2:
+            raise ValueError(f"block_size must be even, got {self.block_size}.")
+        if self.compressor is not None and not callable(self.compressor):
+            raise ValueError(f"compressor must be callable, got {self.compressor!r}.")
+        if self.max_length is not None:
+            validation.check_count("max_length", self.max_length)
+        exact = f"sinks {self.sinks} + window {self.window} + block_size {self.block_size}"
+        if self.middle < 0:
+            raise ValueError(f"size must be at least {exact}; got size {self.size}.")
+        if 0 < self.middle < self.block_size:
+            raise ValueError(
+                f"size must be {exact} (no middle), or larger by at least block_size; "
+                f"got size {self.size}."
+            )
+
+    def replace(self, **changes: Any) -> "CacheConfig":
+        """The configuration with some options changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def recent(self) -> int:
+        """Slots for recent pairs."""
+        return self.window + self.block_size
+
+    @property
+    def middle(self) -> int:
+        """Slots of the compressed middle."""
+        return self.size - self.sinks - self.recent
+
+    def settings(self, width: int) -> Settings:
+        """The settings of the middle for heads of a width."""
+        return Settings(
+            self.block_size,
+            width**0.5 if self.query_norm is None else float(self.query_norm),
+            default_scale(width) if self.scale is None else float(self.scale),
+            walks.greedy_pairs,
+            self.block_size,
+            1e-4,
+            self.compressor,
+        )

@@ -1,0 +1,90 @@
+"""Grouped queries: attention of several query heads over the pairs of one key-value head."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from coreset_jax.attention import finish, merge, partial_attention
+
+# Keys and values ``[batch, kv_heads, slots, width]`` and log-weights ``[batch, kv_heads, slots]``,
+# of which the heads may be one for all.
+Part = tuple[Array, Array, Array]
+
+# Scores that are held at a time.
+_SCORES = 2**24
+
+
+def by_head(array: Array) -> Array:
+    """``[batch, length, heads, width]`` to ``[batch, heads, length, width]``."""
+    return array.transpose(0, 2, 1, 3)
+
+
+def grouped(queries: Array, kv_heads: int) -> Array:
+    """Queries ``[batch, length, heads, width]`` as rows ``[batch, kv_heads, rows, width]``.
+
+    The queries of one head lie behind each other.
+    """
+    batch, length, heads, width = queries.shape
+    split = queries.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    return split.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)
+
+
+def ungrouped(rows: Array, shape: tuple[int, ...]) -> Array:
+    """Rows back to ``[batch, length, heads, width]``, the shape of the queries but for width."""
+    batch, length, heads, _ = shape
+    kv_heads, width = rows.shape[1], rows.shape[-1]
+    split = rows.reshape(batch, kv_heads, heads // kv_heads, length, width)
+    return split.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def attend(
+    queries: Float[Array, "batch length heads head_dim"],
+    parts: Sequence[Part],
+    new: tuple[Array, Array] | None,
+    scale: float,
+) -> Float[Array, "batch length heads value_dim"]:
+    """Attention over the parts of a cache, and causally over the pairs that come with the queries.
+
+    As many queries at a time as their scores allow, whatever the length.
+
+    Args:
+      queries: queries ``[batch, length, heads, head_dim]``.
+      parts: what all of them see.
+      new: keys and values ``[batch, kv_heads, length, width]`` of which query ``i`` sees the first
+        ``i + 1``, or ``None``.
+      scale: the softmax scale.
+
+    Returns:
+      Outputs in float32 or wider; zero where there is nothing to attend to.
+    """
+    batch, length, heads, _ = queries.shape
+    kv_heads = parts[0][0].shape[1]
+
+    def read(queries: Array, places: Array) -> Array:
+        rows = grouped(queries, kv_heads)
+        states = [partial_attention(rows, *part, scale=scale) for part in parts]
+        if new is not None:
+            places = jnp.tile(places, heads // kv_heads)
+            visible = jnp.arange(length) <= places[:, None]
+            states.append(partial_attention(rows, *new, scale=scale, visible=visible))
+        return ungrouped(finish(functools.reduce(merge, states)), queries.shape)
+
+    seen = sum(part[0].shape[2] for part in parts) + (0 if new is None else length)
+    most = max(_SCORES // (batch * heads * seen), 1)
+    if length <= most:
+        return read(queries, jnp.arange(length))
+    chunks = -(-length // most)
+    # Chunks of nearly one length: little padding.
+    chunk = -(-length // chunks)
+    padded = jnp.pad(queries, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))
+
+    def read_chunk(number: Int[Array, ""]) -> Array:
+        start = number * chunk
+        part = jax.lax.dynamic_slice_in_dim(padded, start, chunk, axis=1)
+        return read(part, start + jnp.arange(chunk))
+
+    outputs = jnp.moveaxis(jax.lax.map(read_chunk, jnp.arange(chunks)), 0, 1)
+    return outputs.reshape(batch, chunks * chunk, heads, -1)[:, :length]

@@ -1,0 +1,170 @@
+"""Attention for Flax NNX models that decodes over a compressed cache."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from coreset_jax.coreset import Compressor
+from coreset_jax.nn import checks
+from coreset_jax.nn.cache import CoresetCache
+from coreset_jax.nn.config import CacheConfig
+from coreset_jax.nn.rotary import rotate_behind, rotating
+
+
+class CoresetAttention(nnx.MultiHeadAttention):
+    r"""``nnx.MultiHeadAttention`` whose decoding cache does not grow with the sequence.
+
+    Parameters have the names and shapes of ``nnx.MultiHeadAttention``: weights load across.
+    Without ``decode`` it is that module (with rotary positions if asked for). With ``decode`` the
+    module reads any number of tokens at a time, a prompt or a single one: each attends to the
+    cache and to those before it in the call, and then joins the cache.
+
+    A call with more than one token on an empty cache is a prompt and is compressed at once.
+    Nothing is dropped out with ``decode``, and ``attention_fn`` is not called.
+
+    Args:
+      num_heads: query heads.
+      in_features: width of the inputs.
+      *arguments: further arguments of ``nnx.MultiHeadAttention``.
+      size: pairs that each head keeps.
+      sinks: first pairs of a sequence, kept exactly.
+      window: newest pairs that are exact at any time.
+      block_size: pairs that are compressed together while decoding.
+      compressor: the method, see :class:`coreset_jax.nn.CacheConfig`; ``None`` for the default.
+      query_norm: largest norm of a query; ``None`` means ``sqrt(head_dim)``.
+      rope_base: base of rotary positions; ``None`` for none.
+      rngs: an nnx random stream.
+      **options: further options of ``nnx.MultiHeadAttention``.
+
+    Raises:
+      ValueError: on options that contradict each other, and when called as described there.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from coreset_jax.nn.nnx import CoresetAttention
+    >>> module = CoresetAttention(
+    ...     4, 32, num_kv_heads=2, size=96, window=16, block_size=16, rope_base=1e4,
+    ...     rngs=nnx.Rngs(0),
+    ... )
+    >>> module.init_cache((1, 4096, 32))
+    >>> module(jnp.ones((1, 1000, 32)), decode=True).shape
+    (1, 1000, 32)
+    >>> module(jnp.ones((1, 1, 32)), decode=True).shape
+    (1, 1, 32)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        *arguments: Any,
+        size: int,
+        sinks: int = 4,
+        window: int = 128,
+        block_size: int = 64,
+        compressor: Compressor | None = None,
+        query_norm: float | None = None,
+        rope_base: float | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_heads, in_features, *arguments, rngs=rngs, **options)
+        self.cache_config = CacheConfig(
+            size=size,
+            sinks=sinks,
+            window=window,
+            block_size=block_size,
+            compressor=compressor,
+            query_norm=query_norm,
+        )
+        checks.check_rope(rope_base, self.head_dim)
+        if rope_base is not None:
+            self.attention_fn = rotating(self.attention_fn, rope_base)
+        self.rope_base = rope_base
+        self.cache: nnx.Cache[CoresetCache] | None = nnx.data(None)
+
+    def init_cache(
+        self,
+        input_shape: Sequence[int],
+        dtype: Any = jnp.float32,
+        rng: Array | None = None,
+    ) -> None:
+        """Makes an empty cache.
+
+        Args:
+          input_shape: ``(batch, longest prompt, in_features)``. A prompt that is longer is
+            refused; the cache itself has ``size`` slots a head.
+          dtype: of the keys and values that the module computes.
+          rng: a JAX random key for compressors that want one; ``jax.random.key(0)`` if ``None``.
+
+        Raises:
+          ValueError: if ``input_shape`` does not fit the module.
+        """
+        if len(input_shape) != 3 or input_shape[-1] != self.in_features:
+            raise ValueError(
+                f"input_shape must be (batch, length, {self.in_features}), got {input_shape}."
+            )
+        batch, length, _ = input_shape
+        config = self.cache_config.replace(max_length=length)
+        like = jnp.zeros((batch, 1, self.num_kv_heads, self.head_dim), dtype)
+        rng = jax.random.key(0) if rng is None else rng
+        self.cache = nnx.Cache(CoresetCache.init(config, rng, like, like))
+
+    def __call__(
+        self,
+        inputs_q: Float[Array, "batch length in_features"],
+        inputs_k: Array | None = None,
+        inputs_v: Array | None = None,
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        decode: bool | None = None,
+        **options: Any,
+    ) -> Float[Array, "batch length out_features"]:
+        """Attention of the inputs to what the cache holds and, causally, to themselves.
+
+        Args:
+          inputs_q: inputs ``[batch, length, in_features]``.
+          inputs_k: ``None`` with ``decode``: attention is of the inputs to themselves.
+          inputs_v: the same.
+          lengths: with ``decode``, how many of the inputs of each sequence are meant ``[batch]``;
+            ``None`` means all.
+          decode: whether to read and write the cache; ``None`` for the constructor's, and where
+            that has none, ``False``.
+          **options: of ``nnx.MultiHeadAttention``; with ``decode``, ``out_sharding``,
+            ``qkv_sharding`` and those that do not matter there.
+
+        Returns:
+          Outputs ``[batch, length, out_features]``.
+
+        Raises:
+          ValueError: with ``decode``, if :meth:`init_cache` was not called before, if the inputs
+            do not fit the cache, or on a ``mask``; without it, on ``lengths``.
+        """
+        decode = self.decode if decode is None else decode
+        if not decode:
+            if lengths is not None:
+                raise ValueError("lengths go with decode; without it, use a mask.")
+            return super().__call__(inputs_q, inputs_k, inputs_v, decode=False, **options)
+        checks.check_decoding(inputs_q, inputs_k, inputs_v, options.get("mask"))
+        if self.cache is None:
+            raise ValueError("the cache is not initialized; call init_cache first.")
+        if inputs_q.shape[-1] != self.in_features:
+            raise ValueError(
+                f"inputs_q must be [batch, length, {self.in_features}], got {inputs_q.shape}."
+            )
+        sharding = options.get("qkv_sharding")
+        query, key, value = (
+            projection(inputs_q, out_sharding=sharding)
+            for projection in (self.query, self.key, self.value)
+        )
+        if self.query_ln is not None and self.key_ln is not None:
+            query, key = self.query_ln(query), self.key_ln(key)
+        cache = self.cache.get_value()
+        query, key = rotate_behind(cache.lengths, query, key, self.rope_base)
+        heads, cache = cache.read_and_extend(query, key, value, lengths)
+        self.cache.set_value(cache)
+        return self.out(heads, out_sharding=options.get("out_sharding"))

@@ -1,0 +1,85 @@
+"""Rotary positions."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from coreset_jax.attention import accumulation_dtype
+
+
+def rotate(
+    array: Float[Array, "batch length heads head_dim"],
+    positions: Int[Array, "#batch length"],
+    base: float,
+) -> Float[Array, "batch length heads head_dim"]:
+    r"""Rotates queries or keys by their positions.
+
+    Feature :math:`i` of :math:`d` and feature :math:`i + d/2` turn by the angle
+    :math:`p\, \mathrm{base}^{-2i/d}` at position :math:`p`, as in Llama and Qwen.
+
+    Args:
+      array: queries or keys ``[batch, length, heads, head_dim]``, ``head_dim`` even.
+      positions: places in the sequence ``[batch, length]`` or ``[1, length]``.
+      base: base of the geometric progression of frequencies.
+
+    Returns:
+      The rotated array, in its own dtype; angles are float32, or wider where it is.
+
+    References:
+      Su et al., *RoFormer: Enhanced transformer with rotary position embedding*, 2021.
+
+    >>> print(rotate(jnp.array([[[[1.0, 0.0]]]]), jnp.array([[1]]), 1e4).round(4))
+    [[[[0.5403 0.8415]]]]
+    """
+    half = array.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=accumulation_dtype(array)) / half)
+    angles = positions[..., None, None].astype(frequencies.dtype) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    wide = array.astype(accumulation_dtype(array))
+    first, second = jnp.split(wide, 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(array.dtype)
+
+
+def rotate_behind(
+    lengths: Int[Array, " batch"],
+    query: Float[Array, "batch length heads head_dim"],
+    key: Float[Array, "batch length kv_heads head_dim"],
+    base: float | None,
+) -> tuple[
+    Float[Array, "batch length heads head_dim"], Float[Array, "batch length kv_heads head_dim"]
+]:
+    """Queries and keys of the next tokens of sequences of these lengths, rotated.
+
+    Args:
+      lengths: tokens that came before ``[batch]``.
+      query: queries ``[batch, length, heads, head_dim]``.
+      key: keys ``[batch, length, kv_heads, head_dim]``.
+      base: as for :func:`rotate`; ``None`` rotates nothing.
+    """
+    if base is None:
+        return query, key
+    positions = lengths[:, None] + jnp.arange(query.shape[1])
+    return rotate(query, positions, base), rotate(key, positions, base)
+
+
+def rotating(attention_fn: Callable[..., Array], base: float) -> Callable[..., Array]:
+    """An ``attention_fn`` of Flax that applies rotary positions ``0, 1, ...`` first.
+
+    Args:
+      attention_fn: a function of query, key and value, ``[..., length, heads, head_dim]`` each.
+      base: as for :func:`rotate`.
+    """
+
+    # Flax looks at the signature.
+    @functools.wraps(attention_fn)
+    def attend(query: Array, key: Array, value: Array, **options: Any) -> Array:
+        query, key = (
+            rotate(array, jnp.arange(array.shape[-3])[None], base) for array in (query, key)
+        )
+        return attention_fn(query, key, value, **options)
+
+    return attend

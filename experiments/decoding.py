@@ -1,0 +1,252 @@
+"""Decoding with the language model over any cache: what `experiments.decode` measures with."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+import coreset_jax as cj
+from coreset_jax.nn import CacheConfig, CoresetCache
+from experiments import lm
+from experiments.decoder import Block
+from experiments.text import BOUNDARY
+
+
+class FullCache(NamedTuple):
+    """A cache that keeps everything, as large as the longest sequence.
+
+    Attributes:
+      keys: `[batch, slots, kv_heads, head_dim]`.
+      values: likewise.
+      lengths: pairs that have come `[batch]`.
+    """
+
+    keys: Float[Array, "batch slots kv_heads head_dim"]
+    values: Float[Array, "batch slots kv_heads head_dim"]
+    lengths: Int[Array, " batch"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.nbytes for leaf in self)
+
+    def attend(
+        self,
+        queries: Float[Array, "batch length heads head_dim"],
+        keys: Float[Array, "batch length kv_heads head_dim"],
+        values: Float[Array, "batch length kv_heads head_dim"],
+    ) -> Float[Array, "batch length heads head_dim"]:
+        """Attend to the cache and, causally, to the new pairs."""
+        batch, length, heads, width = queries.shape
+        kv_heads = keys.shape[2]
+        grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, width)
+        # Held and new pairs apart: joining them would copy the cache for every byte.
+        slots = self.keys.shape[1]
+        scores = jnp.concatenate(
+            [jnp.einsum("blkgd,bskd->bkgls", grouped, part) for part in (self.keys, keys)], axis=-1
+        )
+        held = jnp.arange(slots) < self.lengths[:, None, None]
+        visible = jnp.concatenate(
+            [
+                jnp.broadcast_to(held, (batch, length, slots)),
+                jnp.broadcast_to(jnp.tri(length, dtype=bool), (batch, length, length)),
+            ],
+            axis=-1,
+        )
+        scores = jnp.where(visible[:, None, None], scores / math.sqrt(width), -jnp.inf)
+        weights = jax.nn.softmax(scores)
+        outputs = jnp.einsum("bkgls,bskd->blkgd", weights[..., :slots], self.values)
+        outputs += jnp.einsum("bkgls,bskd->blkgd", weights[..., slots:], values)
+        return outputs.reshape(queries.shape)
+
+    def append(
+        self,
+        keys: Float[Array, "batch length kv_heads head_dim"],
+        values: Float[Array, "batch length kv_heads head_dim"],
+    ) -> FullCache:
+        """Write the new pairs behind the others."""
+        write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+        return FullCache(
+            write(self.keys, keys, self.lengths),
+            write(self.values, values, self.lengths),
+            self.lengths + keys.shape[1],
+        )
+
+
+Cache = FullCache | CoresetCache
+
+
+class Prompt(NamedTuple):
+    """What a model holds after reading a batch of texts.
+
+    Attributes:
+      tokens: the bytes `[batch, length]`.
+      keys: after RoPE `[layers, batch, length, kv_heads, head_dim]`.
+      values: likewise.
+    """
+
+    tokens: np.ndarray
+    keys: Float[Array, "layers batch length kv_heads head_dim"]
+    values: Float[Array, "layers batch length kv_heads head_dim"]
+
+
+def read_prompt(model: lm.Decoder, tokens: np.ndarray) -> Prompt:
+    """Let the model read texts exactly, one after another: `tokens [batch, length]`."""
+    traces = [lm.caches(model, row) for row in tokens]
+    keys, values = (
+        jnp.stack([getattr(trace, name).transpose(0, 2, 1, 3) for trace in traces], axis=1)
+        for name in ("keys", "values")
+    )
+    return Prompt(tokens, keys, values)
+
+
+def prefilled(prompt: Prompt, config: CacheConfig | None, room: int) -> list[Cache]:
+    """Caches of all layers that hold a prompt, or are empty if it has no bytes.
+
+    Args:
+      prompt: what was read.
+      config: of the caches; `None` for full ones.
+      room: bytes to come, for full caches.
+    """
+    if config is None:
+        length = prompt.tokens.shape[1]
+        pad = ((0, 0), (0, room), (0, 0), (0, 0))
+        lengths = jnp.full(prompt.tokens.shape[0], length, jnp.int32)
+        return [
+            FullCache(jnp.pad(keys, pad), jnp.pad(values, pad), lengths)
+            for keys, values in zip(prompt.keys, prompt.values, strict=True)
+        ]
+    return [
+        _prefill(config, keys, values)
+        for keys, values in zip(prompt.keys, prompt.values, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(config: CacheConfig, keys: Array, values: Array) -> CoresetCache:
+    return CoresetCache.init(config, jax.random.key(0), keys, values).prefill(keys, values)
+
+
+def empty(
+    model_config: lm.ModelConfig, batch: int, config: CacheConfig | None, room: int
+) -> list[Cache]:
+    """Caches of all layers before the first byte; arguments as for `prefilled`."""
+    like = jnp.zeros((batch, 1, model_config.num_kv_heads, model_config.head_dim))
+    if config is None:
+        slots = jnp.zeros((batch, room, *like.shape[2:]))
+        cache: Cache = FullCache(slots, slots, jnp.zeros(batch, jnp.int32))
+    else:
+        cache = CoresetCache.init(config, jax.random.key(0), like, like)
+    return [cache] * model_config.num_layers
+
+
+@nnx.jit
+def _embed(
+    model: lm.Decoder,
+    lengths: Int[Array, " batch"],
+    tokens: Int[Array, "batch length"],
+    previous: Int[Array, "batch 2"],
+) -> tuple[Array, Array]:
+    return model.embed(tokens, lengths[:, None] + jnp.arange(tokens.shape[1]), previous)
+
+
+@nnx.jit
+def _read(block: Block, cache: Any, x: Array, positions: Array) -> tuple[Array, Any]:
+    queries, keys, values = block.attention.project(block.attention_norm(x), positions)
+    x = x + block.attention.merge(cache.attend(queries, keys, values))
+    return x + block.mlp(block.mlp_norm(x)), cache.append(keys, values)
+
+
+@nnx.jit
+def _logits(model: lm.Decoder, x: Array) -> Array:
+    return model.logits(x)
+
+
+def step(
+    model: lm.Decoder,
+    caches: list[Any],
+    tokens: Int[Array, "batch length"],
+    previous: Int[Array, "batch 2"],
+) -> tuple[Float[Array, "batch length 256"], list[Any]]:
+    """Read some bytes behind what the caches hold.
+
+    Layers are compiled apart, and so only once for all of them.
+
+    Args:
+      model: the model.
+      caches: one a layer.
+      tokens: the bytes.
+      previous: the two bytes before them.
+
+    Returns:
+      The logits of the byte after each, and the caches behind them.
+    """
+    x, positions = _embed(model, caches[0].lengths, tokens, previous)
+    extended = []
+    for block, cache in zip(model.blocks, caches, strict=True):
+        x, cache = _read(block, cache, x, positions)
+        extended.append(cache)
+    return _logits(model, x), extended
+
+
+# The same in one program: slower to compile, and as fast as it gets.
+fused_step = nnx.jit(step)
+
+
+def costs(
+    model: lm.Decoder,
+    caches: list[Cache],
+    tokens: np.ndarray,
+    previous: np.ndarray | None = None,
+    piece: int = 64,
+) -> Float[np.ndarray, "batch length-1"]:
+    """What every byte but the first costs behind the caches, in bits.
+
+    Args:
+      model: the model.
+      caches: one a layer.
+      tokens: bytes `[batch, length]`.
+      previous: the two bytes before them `[batch, 2]`; `BOUNDARY` by default.
+      piece: bytes that are read at a time: they attend to each other exactly.
+    """
+    if previous is None:
+        previous = np.full((tokens.shape[0], 2), BOUNDARY)
+    context = np.concatenate([previous, tokens], axis=1).astype(np.int32)
+    found = []
+    for start in range(0, tokens.shape[1] - 1, piece):
+        stop = min(start + piece, tokens.shape[1] - 1)
+        part = jnp.asarray(context[:, start + 2 : stop + 2])
+        logits, caches = step(model, caches, part, jnp.asarray(context[:, start : start + 2]))
+        taken = jnp.take_along_axis(
+            jax.nn.log_softmax(logits), jnp.asarray(context[:, start + 3 : stop + 3, None]), -1
+        )
+        found.append(np.asarray(-taken[..., 0] / math.log(2)))
+    return np.concatenate(found, axis=1)
+
+
+def cache_config(
+    method: str, size: int, share: float, block_size: int, compressors: dict[str, cj.Compressor]
+) -> CacheConfig | None:
+    """The cache of a method: `exact` keeps everything, `window` sinks and the newest pairs.
+
+    Args:
+      method: one of these, `refitted` for the cache's default, or a name in `compressors`.
+      size: pairs that each head keeps.
+      share: how many of them are recent ones, where there is a middle.
+      block_size: see `coreset_jax.nn.CacheConfig`.
+      compressors: the other methods.
+    """
+    sinks = 4
+    if method == "exact":
+        return None
+    if method == "window":
+        return CacheConfig(size, sinks, size - sinks - block_size, block_size)
+    window = max(int(share * size) - block_size, 0)
+    return CacheConfig(size, sinks, window, block_size, compressor=compressors.get(method))

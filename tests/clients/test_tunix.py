@@ -1,0 +1,361 @@
+"""Wrapped models of google-tunix against the same models with their own caches."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tunix.generate import sampler
+from tunix.models.gemma3 import model as gemma3
+from tunix.models.qwen2 import model as qwen2
+from tunix.models.qwen3 import model as qwen3
+
+from coreset_jax import baselines
+from coreset_jax.nn.wrap import init_cache, wrap, wrap_model
+from tests.clients import tiny
+
+# Room for everything that these tests read, so that nothing is compressed.
+ROOMY = {"size": 132, "sinks": 4, "window": 64, "block_size": 64}
+SMALL = {"size": 64, "sinks": 4, "window": 16, "block_size": 16, "landmarks": 16}
+WINDOW_ONLY = {"size": 36, "sinks": 4, "window": 16, "block_size": 16}
+GLOBAL_LAYER = {"qwen3": 1, "llama3": 1, "gemma3": 5}
+BATCH = 2
+
+architectures = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+
+
+def global_attention(architecture, **options):
+    return tiny.build(architecture, **options).layers[GLOBAL_LAYER[architecture]].attn
+
+
+def inputs_like(attention, count, batch=BATCH):
+    output = attention.attn_vec_einsum if hasattr(attention, "kv_einsum") else attention.o_proj
+    return jax.random.normal(jax.random.key(3), (batch, count, output.shape[-1]))
+
+
+@architectures
+def test_nothing_compressed_is_the_plain_model(architecture):
+    slots, prompt = 80, 60
+    tokens = tiny.random_tokens(BATCH, 68)
+    model = tiny.build(architecture)
+    plain, _ = tiny.run(model, tiny.plain_cache(model, BATCH, slots), tokens, prompt, slots)
+    assert jnp.std(plain) > 0.2
+    wrap_model(model, **ROOMY)
+    ours, _ = tiny.run(model, model.init_cache(BATCH, slots), tokens, prompt, slots)
+    chex.assert_trees_all_close(ours, plain, rtol=0, atol=1e-6)
+
+
+@architectures
+def test_without_a_cache_it_is_the_same_layer(architecture):
+    attention = global_attention(architecture)
+    wrapped = wrap(attention, **SMALL)
+    assert isinstance(wrapped, type(attention))
+    inputs, positions = inputs_like(attention, 9), jnp.arange(9)[None]
+    # Not causal: without a cache any mask will do.
+    mask = jnp.ones((BATCH, 9, 9), bool)
+    cache, ours = wrapped(inputs, positions, None, mask)
+    assert cache is None
+    chex.assert_trees_all_equal(ours, attention(inputs, positions, None, mask)[1])
+
+
+@architectures
+def test_parameters_are_the_same_objects(architecture):
+    model = tiny.build(architecture)
+    before = dict(nnx.to_flat_state(nnx.state(model)))
+    wrap_model(model, **SMALL)
+    after = dict(nnx.to_flat_state(nnx.state(model)))
+    assert before.keys() == after.keys()
+    assert all(after[path].get_value() is before[path].get_value() for path in before)
+
+
+@architectures
+def test_decoding_takes_one_trace_and_no_more_memory(architecture):
+    model, slots = tiny.build(architecture), 320
+    wrap_model(model, **SMALL)
+    cache = model.init_cache(BATCH, slots)
+    layer = f"layer_{GLOBAL_LAYER[architecture]}"
+    size = tiny.cache_bytes(cache)
+    chex.clear_trace_counter()
+
+    @nnx.jit
+    @functools.partial(chex.assert_max_traces, n=1)
+    def step(model, tokens, start, cache):
+        mask = jnp.broadcast_to(jnp.arange(slots) <= start, (BATCH, 1, slots))
+        return model(tokens[:, None], jnp.full((BATCH, 1), start), cache, mask)
+
+    tokens = tiny.random_tokens(BATCH, 300)
+    for i in range(300):
+        logits, cache = step(model, tokens[:, i], jnp.asarray(i), cache)
+    assert jnp.all(jnp.isfinite(logits))
+    assert tiny.cache_bytes(cache) == size
+    assert cache[layer].keys() == {"coreset", "end_index"}
+    held = cache[layer]["coreset"]
+    assert jnp.all(held.lengths == 300)
+    # A slot a pair, once full.
+    assert jnp.all(jnp.sum(held.positions >= 0, axis=-1) <= SMALL["size"])
+
+
+@architectures
+def test_long_prompts_are_compressed_at_once(architecture):
+    model, slots, prompt = tiny.build(architecture), 320, 300
+    tokens = tiny.random_tokens(BATCH, 306)
+    plain, _ = tiny.run(model, tiny.plain_cache(model, BATCH, slots), tokens, prompt, slots)
+    wrap_model(model, **{**SMALL, "size": 192})
+    ours, _ = tiny.run(model, model.init_cache(BATCH, slots), tokens, prompt, slots)
+    # A prompt reads itself exactly; what is left of it then answers for all of it.
+    chex.assert_trees_all_close(ours[:, :prompt], plain[:, :prompt], rtol=0, atol=2e-6)
+    error = jnp.linalg.norm(ours[:, prompt:] - plain[:, prompt:])
+    assert 0 < error < 0.5 * jnp.linalg.norm(plain[:, prompt:])
+
+
+def test_gemmas_scale_is_taken():
+    norm = gemma3.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS
+    attention = global_attention("gemma3", query_pre_attn_norm=norm)
+    assert wrap(attention, **SMALL).coreset_config.scale == 8**-0.5
+
+
+def test_window_only_is_the_plain_model_with_a_hole_in_its_mask():
+    model, slots, prompt = tiny.build("qwen3"), 80, 60
+    tokens = tiny.random_tokens(BATCH, 64)
+    plain_cache = tiny.plain_cache(model, BATCH, slots)
+    graph, state = nnx.split(tiny.build("qwen3"))
+    ours = nnx.merge(graph, state)
+    wrap_model(ours, **WINDOW_ONLY)
+    cache, start = ours.init_cache(BATCH), 0
+    for count in (prompt, 1, 1, 1, 1):
+        some = tokens[:, start : start + count]
+        positions = jnp.broadcast_to(start + jnp.arange(count), (BATCH, count))
+        mask = tiny.causal_mask(start, count, slots)
+        if start:
+            held = cache["layer_0"]["coreset"].positions[0, 0]
+            assert jnp.sum(held >= 0) < start
+            kept = jnp.isin(jnp.arange(slots), held) | (jnp.arange(slots) == start)
+            mask = mask & kept
+        mask = jnp.broadcast_to(mask, (BATCH, count, slots))
+        expected, plain_cache = tiny.step(model, some, positions, plain_cache, mask)
+        logits, cache = tiny.step(ours, some, positions, cache, None)
+        chex.assert_trees_all_close(logits, expected, rtol=0, atol=1e-6)
+        start += count
+
+
+@architectures
+@pytest.mark.parametrize("options", [{"compressor": baselines.uniform()}, WINDOW_ONLY])
+def test_compressors_plug_in(architecture, options):
+    attention = global_attention(architecture)
+    wrapped = wrap(attention, **{**SMALL, **options})
+    call = jax.jit(lambda inputs, positions, cache: wrapped(inputs, positions, cache, None))
+    cache = wrapped.init_cache(BATCH)
+    inputs = inputs_like(attention, 150)
+    cache, _ = call(inputs[:, :100], jnp.arange(100)[None], cache)
+    for i in range(100, 150):
+        cache, outputs = call(inputs[:, i : i + 1], jnp.full((BATCH, 1), i), cache)
+    assert jnp.all(jnp.isfinite(outputs))
+    assert jnp.all(cache["coreset"].lengths == 150)
+
+
+@architectures
+@pytest.mark.parametrize("side", ["left", "right", "anywhere"])
+def test_padding_takes_no_place(architecture, side):
+    attention, slots, prompt = global_attention(architecture), 24, 12
+    real = {
+        "left": jnp.arange(prompt) >= jnp.array([[5], [0]]),
+        "right": jnp.arange(prompt) < jnp.array([[7], [12]]),
+        "anywhere": jnp.arange(prompt) % 3 != jnp.array([[0], [1]]),
+    }[side]
+    inputs = inputs_like(attention, prompt + 6)
+    numbers = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+    # The generated tokens; one of them is padding.
+    meant = jnp.concatenate([real, jnp.ones((BATCH, 6), bool).at[0, 2].set(False)], axis=1)
+    shown = jnp.pad(meant, ((0, 0), (0, slots - meant.shape[1])))
+    caches = [tiny.layer_cache(BATCH, slots), wrap(attention, **ROOMY).init_cache(BATCH)]
+    layers = [jax.jit(layer) for layer in (attention, wrap(attention, **ROOMY))]
+    start = 0
+    for count in (prompt, 1, 1, 1, 3):
+        some = slice(start, start + count)
+        mask = tiny.causal_mask(start, count, slots) & shown[:, None]
+        positions = numbers if start == 0 else numbers[:, -1:] + start + jnp.arange(count)
+        outputs = []
+        for i, layer in enumerate(layers):
+            caches[i], output = layer(inputs[:, some], positions, caches[i], mask)
+            outputs.append(jnp.where(meant[:, some, None], output, 0))
+        chex.assert_trees_all_close(outputs[1], outputs[0], rtol=0, atol=2e-6)
+        start += count
+    np.testing.assert_array_equal(caches[1]["coreset"].lengths, jnp.sum(meant, axis=1))
+    np.testing.assert_array_equal(caches[1]["end_index"], caches[0]["end_index"])
+
+
+class Letters:
+    """A tokenizer of one token a character."""
+
+    def encode(self, text):
+        return [3 + ord(letter) % (tiny.VOCABULARY - 3) for letter in text]
+
+    def decode(self, tokens):
+        return "".join(chr(ord("0") + int(token)) for token in tokens)
+
+    def bos_id(self):
+        return 1
+
+    def eos_id(self):
+        return 2
+
+    def pad_id(self):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "beams"), [*((name, None) for name in tiny.ARCHITECTURES), ("qwen3", 2)]
+)
+def test_samplers_need_no_change(architecture, beams):
+    texts = []
+    for options in (None, ROOMY):
+        model = tiny.build(architecture)
+        if options is not None:
+            wrap_model(model, **options)
+        config = sampler.CacheConfig(64, len(model.layers), tiny.KV_HEADS, tiny.HEAD_DIM)
+        # Prompts of two lengths: the shorter one is padded on its left.
+        answers = sampler.Sampler(model, Letters(), config)(
+            ["attention is a sum", "weights"],
+            max_generation_steps=20,
+            max_prompt_length=24,
+            beam_size=beams,
+            eos_tokens=[tiny.VOCABULARY],  # Never.
+        )
+        texts.append(answers.text)
+    assert {len(text) for text in texts[0]} == {20}
+    assert texts[1] == texts[0]
+
+
+def test_caches_may_be_narrower_than_the_model():
+    attention = global_attention("qwen3")
+    wrapped = wrap(attention, **ROOMY)
+    inputs = inputs_like(attention, 20)
+    call = jax.jit(lambda cache: wrapped(inputs, jnp.arange(20)[None], cache, None))
+    exact, rounded = (call(wrapped.init_cache(BATCH, dtype)) for dtype in (None, jnp.bfloat16))
+    assert rounded[0]["coreset"].recent.keys.dtype == jnp.bfloat16
+    assert rounded[1].dtype == exact[1].dtype == jnp.float32
+    chex.assert_trees_all_close(rounded[1], exact[1], atol=0.05)
+
+
+def test_rematerialised_layers_hand_the_cache_on():
+    model = tiny.build("qwen3", remat_config=qwen3.RematConfig.DECODER)
+    wrap_model(model, **ROOMY)
+    tokens = tiny.random_tokens(BATCH, 12)
+    logits, cache = tiny.run(model, model.init_cache(BATCH), tokens, 10, 16)
+    assert jnp.all(jnp.isfinite(logits))
+    assert jnp.all(cache["layer_1"]["coreset"].lengths == 12)
+
+
+def test_only_the_layers_named_are_wrapped():
+    model = tiny.build("qwen3")
+    wrap_model(model, layers=[1], **SMALL)
+    cache = init_cache(model, BATCH, 40)
+    assert cache["layer_0"]["k"].shape == (BATCH, 40, tiny.KV_HEADS, tiny.HEAD_DIM)
+    assert "coreset" in cache["layer_1"]
+    chex.assert_trees_all_equal_shapes_and_dtypes(cache, model.init_cache(BATCH, 40, jnp.float32))
+
+
+def test_a_fresh_cache_of_the_model_will_do():
+    attention = global_attention("llama3")
+    wrapped = wrap(attention, **SMALL)
+    inputs, positions = inputs_like(attention, 70), jnp.arange(70)[None]
+    call = jax.jit(lambda cache: wrapped(inputs, positions, cache, None))
+    one, _ = call(tiny.layer_cache(BATCH, 1))
+    other, _ = call(wrapped.init_cache(BATCH))
+    chex.assert_trees_all_equal(one, other)
+
+
+def test_wrong_use_is_refused():
+    model = tiny.build("gemma3")
+    first = model.layers[0].attn
+    with pytest.raises(ValueError, match="global"):
+        wrap(first, **SMALL)
+    for layers, message in (([5, 0], "global"), ([6], "0..5"), ([], "no layer")):
+        with pytest.raises(ValueError, match=message):
+            wrap_model(model, layers, **SMALL)
+    assert all(isinstance(layer.attn, type(first)) for layer in model.layers)
+    with pytest.raises(ValueError, match="no layer"):
+        init_cache(model, BATCH)
+    with pytest.raises(ValueError, match="no layer"):
+        wrap_model(tiny.build("gemma3", num_layers=2), **SMALL)
+    with pytest.raises(ValueError, match="layers"):
+        wrap_model(first, **SMALL)
+    with pytest.raises(ValueError, match="size"):
+        wrap_model(model, size=10)
+    wrap_model(model, **SMALL)
+    with pytest.raises(ValueError, match="already"):
+        wrap(model.layers[5].attn, **SMALL)
+    with pytest.raises(ValueError, match="cache_size"):
+        model.init_cache(BATCH, 0)
+
+
+def test_attention_that_does_more_is_refused():
+    config = qwen2.ModelConfig(
+        num_layers=1,
+        vocab_size=tiny.VOCABULARY,
+        embed_dim=32,
+        hidden_dim=32,
+        num_heads=4,
+        head_dim=16,
+        num_kv_heads=2,
+        rope_theta=10_000,
+        norm_eps=1e-6,
+    )
+    with pytest.raises(ValueError, match="q_bias"):
+        wrap(qwen2.Qwen2(config, rngs=nnx.Rngs(0)).layers[0].attn, **SMALL)
+    with pytest.raises(ValueError, match="parts"):
+        wrap(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), **SMALL)
+
+    class Doubled(qwen3.Attention):
+        def block(self, *arguments, **options):
+            cache, outputs = super().block(*arguments, **options)
+            return cache, 2 * outputs
+
+    doubled = global_attention("qwen3")
+    doubled.__class__ = Doubled
+    Doubled.__module__ = qwen3.__name__
+    with pytest.raises(ValueError, match="does more"):
+        wrap(doubled, **SMALL)
+
+
+def test_wrong_calls_are_refused():
+    attention = global_attention("qwen3")
+    wrapped = wrap(attention, **SMALL)
+    inputs, positions = inputs_like(attention, 4), jnp.arange(4)[None]
+    cache = wrapped.init_cache(BATCH)
+    with pytest.raises(ValueError, match="segment_ids"):
+        wrapped(inputs, positions, cache, None, segment_ids=positions)
+    with pytest.raises(ValueError, match="init_cache"):
+        wrapped(inputs, positions, {}, None)
+    for shape in ((BATCH, 4), (BATCH, 3, 4), (3, 4, 4), (BATCH, 4, 3)):
+        with pytest.raises(ValueError, match="attn_mask"):
+            wrapped(inputs, positions, cache, jnp.ones(shape, bool))
+    with pytest.raises(ValueError, match="batch_size"):
+        wrapped.init_cache(0)
+
+
+@pytest.mark.parametrize("slots", [4, 9])
+@pytest.mark.parametrize("fault", ["later", "hidden", "older"])
+def test_masks_that_are_not_causal_are_refused(fault, slots):
+    wrapped = wrap(global_attention("llama3"), **SMALL)
+    inputs, positions = inputs_like(wrapped, 4), jnp.arange(4)[None]
+    start = 0 if slots == 4 else 3
+    cache = wrapped.init_cache(BATCH)
+    if start:
+        cache, _ = wrapped(inputs[:, :start], positions[:, :start], cache, None)
+    good = jnp.broadcast_to(tiny.causal_mask(start, 4, slots), (BATCH, 4, slots))
+    place, shown = {"later": ((0, 1, start + 2), True), "hidden": ((0, 3, start + 1), False)}.get(
+        fault, ((0, 3, 0), False)
+    )
+    bad = good.at[place].set(shown)
+    call = jax.jit(lambda cache, mask: wrapped(inputs, positions + start, cache, mask)[1])
+    assert jnp.all(jnp.isfinite(call(cache, good)))
+    outputs = call(cache, bad)
+    # The other sequence of the batch is as it should be.
+    assert jnp.all(jnp.isnan(outputs[0]))
+    chex.assert_trees_all_equal(outputs[1], call(cache, good)[1])
+    with pytest.raises(ValueError, match="causal"):
+        wrapped(inputs, positions + start, cache, bad)

@@ -1,0 +1,203 @@
+"""The Linen module: the plain one, with a cache that does not grow."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, serialization
+
+from coreset_jax.nn.linen import CoresetAttention
+from coreset_jax.nn.rotary import rotate
+
+BATCH, LENGTH, FEATURES, HEADS = 2, 40, 24, 4
+CACHE = {"size": 64, "sinks": 4, "window": 12, "block_size": 8}
+PIECES = {
+    "prompt": [40],
+    "prompt and steps": [24, *[1] * 16],
+    "steps": [1] * 40,
+    "chunks": [8] * 5,
+}
+OPTIONS = {
+    "default": {},
+    "normalized": {"normalize_qk": True, "use_bias": False},
+    "narrow": {"qkv_features": 16, "out_features": 10},
+}
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.standard_normal((BATCH, LENGTH, FEATURES)), jnp.float32)
+
+
+def plain(**options):
+    return linen.MultiHeadDotProductAttention(
+        num_heads=HEADS, bias_init=linen.initializers.normal(), **options
+    )
+
+
+def ours(**options):
+    return CoresetAttention(
+        num_heads=HEADS, bias_init=linen.initializers.normal(), **CACHE, **options
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(module, params, cache, part, lengths):
+    variables = {"params": params, "cache": cache}
+    outputs, changed = module.apply(variables, part, lengths=lengths, mutable=["cache"])
+    return outputs, changed["cache"]
+
+
+def decode(module, params, inputs, pieces, lengths=None):
+    """Reads the inputs piece by piece; returns all outputs and the cache."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)
+    # As Flax users make it.
+    cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["cache"])
+
+    outputs, start = [], 0
+    for piece in pieces:
+        part = inputs[:, start : start + piece]
+        out, cache = step(module, params, cache, part, lengths)
+        outputs.append(out)
+        start += piece
+    return np.concatenate(outputs, axis=1), cache["coreset"]
+
+
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+def test_decodes_like_the_plain_module_while_everything_fits(inputs, pieces):
+    params = plain().init(jax.random.key(1), inputs)["params"]
+    expected = plain().apply(
+        {"params": params}, inputs, mask=linen.make_causal_mask(inputs[..., 0])
+    )
+    found, cache = decode(ours(decode=True), params, inputs, pieces)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(cache.lengths, LENGTH)
+
+
+@pytest.mark.parametrize("options", list(OPTIONS.values())[1:], ids=list(OPTIONS)[1:])
+def test_takes_the_options_of_the_plain_module(inputs, options):
+    params = plain(**options).init(jax.random.key(1), inputs)["params"]
+    mask = linen.make_causal_mask(inputs[..., 0])
+    expected = plain(**options).apply({"params": params}, inputs, mask=mask)
+    found, _ = decode(ours(decode=True, **options), params, inputs, PIECES["chunks"])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_without_decode_it_is_the_plain_module(inputs, options):
+    variables = plain(**options).init(jax.random.key(1), inputs)
+    chex.assert_trees_all_equal(ours(**options).init(jax.random.key(1), inputs), variables)
+    mask = linen.make_causal_mask(inputs[..., 0])
+
+    def loss(variables, module):
+        return jnp.sum(jnp.sin(module.apply(variables, inputs, mask=mask)))
+
+    expected, gradients = jax.value_and_grad(loss)(variables, plain(**options))
+    found, our_gradients = jax.value_and_grad(loss)(variables, ours(**options))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    chex.assert_trees_all_close(our_gradients, gradients, rtol=1e-5, atol=1e-6)
+    assert np.any(gradients["params"]["query"]["kernel"])
+
+
+def test_drops_out_and_sows_like_the_plain_module(inputs):
+    variables = plain().init(jax.random.key(1), inputs)
+    options = {"sow_weights": True, "mutable": ["intermediates"], "deterministic": False}
+    rngs = {"dropout": jax.random.key(2)}
+    expected, found = (
+        make(dropout_rate=0.5).apply(variables, inputs[:, :7], inputs, rngs=rngs, **options)
+        for make in (plain, ours)
+    )
+    assert len(jax.tree.leaves(found[1])) == 1
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_groups_and_rotary_positions_against_a_direct_computation(inputs, decoding):
+    options = {"num_kv_heads": 2, "rope_base": 100.0}
+    params = ours(**options).init(jax.random.key(1), inputs)["params"]
+    query, key, value = (
+        jnp.einsum("bnf,fhd->bnhd", inputs, params[name]["kernel"]) + params[name]["bias"]
+        for name in ("query", "key", "value")
+    )
+    assert key.shape == (BATCH, LENGTH, 2, FEATURES // HEADS)
+    query, key = (rotate(each, jnp.arange(LENGTH)[None], 100.0) for each in (query, key))
+    heads = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    out = params["out"]
+    expected = jnp.einsum("bnhd,hdf->bnf", heads, out["kernel"]) + out["bias"]
+    if decoding:
+        found, _ = decode(ours(decode=True, **options), params, inputs, PIECES["chunks"])
+    else:
+        mask = linen.make_causal_mask(inputs[..., 0])
+        found = ours(**options).apply({"params": params}, inputs, mask=mask)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_init_makes_an_empty_cache_and_leaves_it_empty(inputs):
+    module = ours(decode=True)
+    outputs, variables = module.init_with_output(jax.random.key(0), inputs)
+    cache = variables["cache"]["coreset"]
+    np.testing.assert_array_equal(cache.lengths, 0)
+    assert cache.config.max_length == LENGTH
+    assert cache.positions.shape == (BATCH, HEADS, 64)
+    # What a prompt would answer.
+    found, changed = module.apply(variables, inputs, mutable=["cache"])
+    np.testing.assert_allclose(outputs, found, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(changed["cache"]["coreset"].lengths, LENGTH)
+    longer = ours(decode=True, max_length=1000).init(jax.random.key(0), inputs[:, :1])
+    assert longer["cache"]["coreset"].config.max_length == 1000
+    rngs = {"params": jax.random.key(0), "cache": jax.random.key(5)}
+    other = module.init(rngs, inputs)["cache"]["coreset"]
+    assert np.any(other.rng != cache.rng)
+
+
+def test_many_steps_keep_shapes_and_lengths(inputs):
+    module = ours(decode=True, num_kv_heads=2)
+    params = ours(num_kv_heads=2).init(jax.random.key(1), inputs)["params"]
+    long = jnp.tile(inputs, (1, 5, 1))
+    outputs, cache = decode(module, params, long, [1] * 200)
+    assert np.all(np.isfinite(outputs))
+    np.testing.assert_array_equal(cache.lengths, 200)
+    assert np.all(np.asarray(cache.positions[..., :56]) >= 0)
+    restored = serialization.from_bytes(cache, serialization.to_bytes(cache))
+    chex.assert_trees_all_equal(restored, cache)
+
+
+def test_ragged_batches_are_read_by_their_lengths(inputs):
+    module = ours(decode=True, rope_base=100.0)
+    params = ours().init(jax.random.key(1), inputs)["params"]
+    lengths = jnp.array([16, 9])
+    found, cache = decode(module, params, inputs[:, :16], [16], lengths)
+    np.testing.assert_array_equal(cache.lengths, lengths)
+    alone, _ = decode(module, params, inputs[1:, :9], [9])
+    np.testing.assert_allclose(found[1:, :9], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_use_is_refused(inputs):
+    module = ours(decode=True)
+    variables = module.init(jax.random.key(0), inputs[:, :20])
+    params = {"params": variables["params"]}
+
+    def check(named, variables, *arguments, module=module, **options):
+        with pytest.raises(ValueError, match=named):
+            module.apply(variables, *arguments, mutable=["cache"], **options)
+
+    check("not initialized", params, inputs)
+    check("max_length 20", variables, inputs)
+    check("batch", variables, inputs[:1, :5])
+    check("inputs_q", variables, inputs[0])
+    check("inputs_k", variables, inputs, inputs)
+    check("mask", variables, inputs, mask=jnp.ones((1, 1, LENGTH, LENGTH), bool))
+    check("dtype", variables, inputs[:, :5], module=ours(decode=True, dtype=jnp.bfloat16))
+    check("lengths", params, inputs, lengths=jnp.ones(BATCH, int), module=ours())
+    check("inputs_k", params, inputs, None, inputs, module=ours())
+    check("num_kv_heads", params, inputs, module=ours(num_kv_heads=3))
+    check("qkv_features", params, inputs, module=ours(qkv_features=30))
+    check("rope_base", params, inputs, module=ours(qkv_features=12, rope_base=1e4))
+    with pytest.raises(ValueError, match="size"):
+        CoresetAttention(HEADS, size=10, decode=True).init(jax.random.key(0), inputs)
+    with pytest.raises(TypeError, match="size"):
+        CoresetAttention(HEADS)

@@ -1,0 +1,164 @@
+"""The NNX module: the plain one, with a cache that does not grow."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from coreset_jax.nn.nnx import CoresetAttention
+from coreset_jax.nn.rotary import rotate
+
+BATCH, LENGTH, FEATURES, HEADS = 2, 40, 24, 4
+CACHE = {"size": 64, "sinks": 4, "window": 12, "block_size": 8}
+PIECES = {
+    "prompt": [40],
+    "prompt and steps": [24, *[1] * 16],
+    "steps": [1] * 40,
+    "chunks": [8] * 5,
+}
+OPTIONS = {
+    "grouped": {"num_kv_heads": 2},
+    "normalized": {"num_kv_heads": 2, "normalize_qk": True, "use_bias": False},
+    "narrow": {"num_kv_heads": 1, "qkv_features": 16, "out_features": 10},
+}
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.standard_normal((BATCH, LENGTH, FEATURES)), jnp.float32)
+
+
+def pair(rope_base=None, **options):
+    """A plain module, and one of ours with its weights."""
+    plain = nnx.MultiHeadAttention(
+        HEADS, FEATURES, bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0), **options
+    )
+    ours = CoresetAttention(
+        HEADS, FEATURES, rope_base=rope_base, rngs=nnx.Rngs(1), **CACHE, **options
+    )
+    nnx.update(ours, nnx.state(plain, nnx.Param))
+    return plain, ours
+
+
+@nnx.jit
+def step(module, inputs, lengths=None):
+    return module(inputs, lengths=lengths, decode=True)
+
+
+def decode(module, inputs, pieces):
+    module.init_cache(inputs.shape)
+    outputs, start = [], 0
+    for piece in pieces:
+        outputs.append(step(module, inputs[:, start : start + piece]))
+        start += piece
+    return np.concatenate(outputs, axis=1)
+
+
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+def test_decodes_like_the_plain_module_while_everything_fits(inputs, pieces):
+    plain, ours = pair(num_kv_heads=2)
+    expected = plain(inputs, mask=nnx.make_causal_mask(inputs[..., 0]), decode=False)
+    np.testing.assert_allclose(decode(ours, inputs, pieces), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", list(OPTIONS.values())[1:], ids=list(OPTIONS)[1:])
+def test_takes_the_options_of_the_plain_module(inputs, options):
+    plain, ours = pair(**options)
+    expected = plain(inputs, mask=nnx.make_causal_mask(inputs[..., 0]), decode=False)
+    found = decode(ours, inputs, PIECES["chunks"])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_without_decode_it_is_the_plain_module(inputs, options):
+    plain, ours = pair(**options)
+    mask = nnx.make_causal_mask(inputs[..., 0])
+
+    def loss(module):
+        return jnp.sum(jnp.sin(module(inputs, mask=mask, decode=False)))
+
+    expected, gradients = nnx.value_and_grad(loss)(plain)
+    found, ours_gradients = nnx.value_and_grad(loss)(ours)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    chex.assert_trees_all_close(
+        nnx.to_pure_dict(ours_gradients), nnx.to_pure_dict(gradients), rtol=1e-5, atol=1e-6
+    )
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(nnx.to_pure_dict(gradients["out"])))
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_rotary_positions_are_those_of_the_sequence(inputs, decoding):
+    plain, ours = pair(rope_base=100.0, num_kv_heads=2)
+    places = jnp.arange(LENGTH)[None]
+    query, key = (rotate(part(inputs), places, 100.0) for part in (plain.query, plain.key))
+    heads = jax.nn.dot_product_attention(query, key, plain.value(inputs), is_causal=True)
+    found = decode(ours, inputs, PIECES["chunks"]) if decoding else ours(inputs, is_causal=True)
+    np.testing.assert_allclose(found, plain.out(heads), rtol=1e-5, atol=1e-6)
+
+
+def test_ragged_batches_are_read_by_their_lengths(inputs):
+    _, ours = pair(rope_base=100.0, num_kv_heads=2)
+    lengths = jnp.array([16, 9])
+    ours.init_cache(inputs.shape)
+    step(ours, inputs[:, :16], lengths)
+    found = step(ours, inputs[:, 16:17])
+    np.testing.assert_array_equal(ours.cache.get_value().lengths, lengths + 1)
+    alone = jnp.concatenate([inputs[1:, :9], inputs[1:, 16:17]], axis=1)
+    expected = ours(alone, is_causal=True)[:, -1:]
+    np.testing.assert_allclose(found[1:], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_many_steps_are_traced_once_and_keep_their_shapes(inputs):
+    _, ours = pair(num_kv_heads=2)
+    ours.init_cache((BATCH, 1000, FEATURES))
+    before = jax.tree.map(jnp.zeros_like, ours.cache.get_value())
+    chex.clear_trace_counter()
+    read = nnx.jit(chex.assert_max_traces(lambda module, x: module(x, decode=True), n=1))
+    for place in range(200):
+        outputs = read(ours, inputs[:, place % LENGTH][:, None])
+    assert np.all(np.isfinite(outputs))
+    after = ours.cache.get_value()
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
+    np.testing.assert_array_equal(after.lengths, 200)
+
+
+def test_half_precision_modules_keep_half_precision_caches(inputs):
+    _, ours = pair(num_kv_heads=2, dtype=jnp.bfloat16)
+    ours.init_cache((BATCH, LENGTH, FEATURES), jnp.bfloat16)
+    outputs = ours(inputs[:, :8].astype(jnp.bfloat16), decode=True)
+    assert outputs.dtype == ours.cache.get_value().recent.keys.dtype == jnp.bfloat16
+    ours.init_cache((BATCH, LENGTH, FEATURES))
+    with pytest.raises(ValueError, match="keys must have the cache's dtype"):
+        ours(inputs[:, :8].astype(jnp.bfloat16), decode=True)
+
+
+def test_wrong_use_is_refused(inputs):
+    _, ours = pair(num_kv_heads=2)
+    with pytest.raises(ValueError, match="init_cache"):
+        ours(inputs, decode=True)
+    with pytest.raises(ValueError, match="lengths"):
+        ours(inputs, lengths=jnp.ones(BATCH, int))
+    with pytest.raises(ValueError, match="input_shape"):
+        ours.init_cache((BATCH, LENGTH))
+    with pytest.raises(ValueError, match="input_shape"):
+        ours.init_cache((BATCH, LENGTH, FEATURES + 1))
+    ours.init_cache((BATCH, 20, FEATURES))
+    with pytest.raises(ValueError, match="max_length 20"):
+        ours(inputs, decode=True)
+    with pytest.raises(ValueError, match="batch"):
+        ours(inputs[:1, :5], decode=True)
+    with pytest.raises(ValueError, match="inputs_q"):
+        ours(inputs[0], decode=True)
+    with pytest.raises(ValueError, match="inputs_q"):
+        ours(inputs[..., :-1], decode=True)
+    with pytest.raises(ValueError, match="inputs_k"):
+        ours(inputs, inputs, decode=True)
+    with pytest.raises(ValueError, match="mask"):
+        ours(inputs, mask=jnp.ones((1, 1, LENGTH, LENGTH), bool), decode=True)
+    with pytest.raises(ValueError, match="rope_base"):
+        CoresetAttention(HEADS, 12, rope_base=1e4, rngs=nnx.Rngs(0), **CACHE)
+    with pytest.raises(ValueError, match="size"):
+        CoresetAttention(HEADS, FEATURES, size=10, rngs=nnx.Rngs(0))
