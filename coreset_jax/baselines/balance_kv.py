@@ -115,7 +115,9 @@ def _halve(
     halved = jnp.minimum(2 * (kept.filled - target), kept.filled)
     active = position < halved
     keys = jnp.where(active[:, None], jnp.take(keys, kept.order, axis=0, mode="clip"), 0)
+    # Not left to a weight of zero: padding may hold anything, and 0 * NaN is NaN.
     values = jnp.take(values, kept.order, axis=0, mode="clip") * kept.weights[:, None]
+    values = jnp.where(kept.weights[:, None] > 0, values, 0)
 
     width = min(options.block_size, slots)
     blocks = -(-slots // width)
@@ -267,15 +269,6 @@ class _BalanceKV:
         return _compress(rng, keys, values, lengths, size=int(size), options=self.options)
 
 
-def _static_float(name: str, value: object) -> float:
-    """``value`` as a Python float, so that equal options hash alike whatever type they came in."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise ValueError(f"{name} must be a static Python float, got {value!r}.")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}.")
-    return float(value)
-
-
 def balance_kv(
     corrected: bool = False,
     temperature: float = 1.0,
@@ -355,19 +348,13 @@ def balance_kv(
     """
     if not isinstance(corrected, bool):
         raise ValueError(f"corrected must be True or False, got {corrected!r}.")
-    if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer):
-        raise ValueError(f"block_size must be a static Python int, got {block_size!r}.")
-    positive = {"temperature": temperature, "block_size": block_size, "gamma": gamma}
-    if scale is not None:
-        positive["scale"] = scale
-    for name, value in positive.items():
-        validation.check_positive(name, _static_float(name, value))
+    validation.check_count("block_size", block_size)
     options = Options(
         corrected=corrected,
-        temperature=float(temperature),
+        temperature=validation.static_float("temperature", temperature),
         block_size=int(block_size),
-        gamma=float(gamma),
-        beta=_static_float("beta", beta),
-        scale=None if scale is None else float(scale),
+        gamma=validation.static_float("gamma", gamma),
+        beta=validation.static_float("beta", beta, positive=False),
+        scale=validation.static_float("scale", scale),
     )
     return _BalanceKV(options)

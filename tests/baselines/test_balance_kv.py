@@ -194,11 +194,11 @@ def test_options_that_say_the_same():
     ("option", "message"),
     [
         ({"corrected": 1}, "corrected must be True or False"),
-        ({"block_size": 0}, "block_size must be positive"),
+        ({"block_size": 0}, "block_size must be at least 1"),
         ({"block_size": 64.0}, "block_size must be a static Python int"),
         ({"gamma": -1.0}, "gamma must be positive"),
         ({"temperature": 0}, "temperature must be positive"),
-        ({"temperature": jnp.ones(3)}, "temperature must be a static Python float"),
+        ({"temperature": jnp.ones(3)}, "temperature must be a scalar"),
         ({"beta": math.nan}, "beta must be finite"),
         ({"scale": 0.0}, "scale must be positive"),
     ],

@@ -1,5 +1,6 @@
 """What every compressor owes to the protocol, whatever it keeps."""
 
+import dataclasses
 import math
 import sys
 
@@ -10,8 +11,26 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from coreset_jax import balanced, baselines, walks
-from coreset_jax.coreset import whole_cache
+from coreset_jax import balanced, baselines, refit, walks
+from coreset_jax.coreset import Compressor, whole_cache
+
+LEADING, COUNT, SIZE, WIDTH, VALUE_WIDTH = (2, 4), 40, 22, 8, 5
+SAMPLES = np.random.default_rng(4).standard_normal((6, WIDTH))
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A compressor that wants sample queries, and is given the same ones for every head."""
+
+    informed: Compressor
+
+    def __call__(self, rng, keys, values, **options):
+        # Made from the keys, so that they are sharded alike.
+        queries = jnp.zeros_like(keys[..., :1, :])
+        samples = jnp.asarray(SAMPLES, queries.dtype)
+        samples = jnp.broadcast_to(samples, (*queries.shape[:-2], *samples.shape))
+        return self.informed(rng, keys, values, queries=queries + samples, **options)
+
 
 MAKERS = {
     "uniform": baselines.uniform,
@@ -21,11 +40,53 @@ MAKERS = {
     "balanced": lambda: balanced(
         rho=2.0, walk=walks.self_balancing, block_size=8, landmarks=8, max_swaps=2
     ),
+    "nystrom": lambda: refit.nystrom(baselines.uniform(), rho=2.0),
+    "log_weights": lambda: refit.log_weights(baselines.uniform(), rho=2.0),
+    "streaming_llm": baselines.streaming_llm,
+    "key_similarity": baselines.key_similarity,
+    "top_attention": lambda: Asked(baselines.top_attention()),
+    "h2o": lambda: Asked(baselines.h2o()),
+    "snapkv": lambda: Asked(baselines.snapkv(window=3, kernel_size=3, groups=2)),
+    "expected_attention": lambda: Asked(baselines.expected_attention(groups=2)),
+    "kmeans": lambda: baselines.kmeans(iterations=3),
+    "kernel_halving": baselines.kernel_halving,
+    "wildcat": baselines.wildcat,
+    "attention_matching": lambda: Asked(baselines.attention_matching()),
+    "quantised": lambda: baselines.quantised(baselines.uniform()),
 }
-# These write weights into the values, so that they are not those of the source.
-WEIGHED_VALUES = {"balance_kv"}
-
-LEADING, COUNT, SIZE, WIDTH, VALUE_WIDTH = (2, 4), 40, 22, 8, 5
+# Values that are not those of the source: these write weights into them, or fit them.
+OTHER_VALUES = {
+    "balance_kv",
+    "nystrom",
+    "kmeans",
+    "wildcat",
+    "attention_matching",
+    "quantised",
+}
+# Weights that are fitted, and add up to the length only as well as they fit.
+OTHER_WEIGHTS = {"nystrom", "log_weights", "attention_matching"}
+# JAX cannot yet vmap a while loop over an axis of an Explicit mesh. Under shard_map it can, which
+# tests/test_compression.py does.
+LOOPS = {"balanced", "nystrom", "log_weights", "attention_matching"}
+# Methods that drop pairs with their mass, every one left with weight one.
+EVICTIONS = {
+    "streaming_llm",
+    "key_similarity",
+    "top_attention",
+    "h2o",
+    "snapkv",
+    "expected_attention",
+}
+# Keys that are not those of the source.
+OTHER_KEYS = {"kmeans", "quantised"}
+# Signed normalizers stand beside the weights.
+NORMALIZED = {"wildcat"}
+# Pairs are rounded, even where all of them are kept: by so much.
+ROUNDED = {"quantised": 0.02}
+# Nothing is drawn, and equal heads are compressed alike.
+DETERMINISTIC = EVICTIONS | {"attention_matching"}
+# Sample queries are needed.
+INFORMED = {name for name, make in MAKERS.items() if isinstance(make(), Asked)}
 
 
 @pytest.fixture(params=MAKERS)
@@ -60,11 +121,15 @@ def check_subset(name, coreset, keys, values, lengths):
         log_weights = np.asarray(coreset.log_weights[head], np.float64)
         assert np.all(np.isfinite(log_weights[:kept]))
         assert np.all(np.isneginf(log_weights[kept:]))
-        np.testing.assert_allclose(np.exp(log_weights).sum(), length, rtol=1e-6)
-        np.testing.assert_array_equal(coreset.keys[head][:kept], keys[head][indices])
+        if name in EVICTIONS:
+            np.testing.assert_array_equal(log_weights[:kept], 0.0)
+        elif name not in OTHER_WEIGHTS:
+            np.testing.assert_allclose(np.exp(log_weights).sum(), length, rtol=1e-6)
+        if name not in OTHER_KEYS:
+            np.testing.assert_array_equal(coreset.keys[head][:kept], keys[head][indices])
         assert not np.any(coreset.keys[head][kept:])
         assert not np.any(coreset.values[head][kept:])
-        if name not in WEIGHED_VALUES:
+        if name not in OTHER_VALUES:
             np.testing.assert_array_equal(coreset.values[head][:kept], values[head][indices])
 
 
@@ -72,7 +137,7 @@ def test_keeps_a_weighted_subset(name, compressor, cache):
     coreset = compressor(jax.random.key(0), *cache, size=SIZE)
     assert coreset.indices.shape == (*LEADING, SIZE)
     assert coreset.indices.dtype == jnp.int32
-    assert coreset.normalizers is None
+    assert (coreset.normalizers is None) == (name not in NORMALIZED)
     check_subset(name, coreset, *cache, np.full(LEADING, COUNT))
 
 
@@ -83,20 +148,21 @@ def test_padding_is_never_looked_at(name, compressor, cache):
     def padded(filling):
         return [np.where(inside, array, np.float32(filling)) for array in cache]
 
-    coreset = compressor(jax.random.key(0), *padded(np.nan), size=SIZE, lengths=lengths)
+    coreset = compressor(jax.random.key(0), *padded(0.0), size=SIZE, lengths=lengths)
     check_subset(name, coreset, *cache, lengths)
-    again = compressor(jax.random.key(0), *padded(7.0), size=SIZE, lengths=lengths)
-    chex.assert_trees_all_equal(coreset, again)
+    for filling in (np.nan, np.inf, -np.inf, 3e38, 7.0):
+        again = compressor(jax.random.key(0), *padded(filling), size=SIZE, lengths=lengths)
+        chex.assert_trees_all_equal(coreset, again)
 
 
-def test_short_heads_are_kept_whole(compressor, cache):
+def test_short_heads_are_kept_whole(name, compressor, cache):
     lengths = np.arange(SIZE - 7, SIZE + 1).reshape(LEADING)
     coreset = compressor(jax.random.key(0), *cache, size=SIZE, lengths=lengths)
     kept = np.arange(SIZE) < lengths[..., None]
     np.testing.assert_array_equal(coreset.indices, np.where(kept, np.arange(SIZE), -1))
     np.testing.assert_array_equal(coreset.log_weights, np.where(kept, 0.0, -np.inf))
     values = np.where(kept[..., None], cache[1][..., :SIZE, :], 0.0)
-    np.testing.assert_array_equal(coreset.values, values)
+    np.testing.assert_allclose(coreset.values, values, rtol=0, atol=ROUNDED.get(name, 0))
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -110,19 +176,27 @@ def test_non_finite_heads_say_so(compressor, cache, which, filling):
     assert sick.sum() == SIZE
 
 
-def test_whole_cache_where_nothing_has_to_go(compressor, cache):
-    lengths = np.full(LEADING, COUNT - 1)
-    for size in (COUNT, COUNT + 1):
-        chex.assert_trees_all_equal(
-            compressor(jax.random.key(0), *cache, size=size), whole_cache(*cache)
-        )
-        chex.assert_trees_all_equal(
-            compressor(jax.random.key(0), *cache, size=size, lengths=lengths),
-            whole_cache(*cache, lengths),
-        )
+def test_whole_cache_where_nothing_has_to_go(name, compressor, cache):
+    for lengths in (None, np.full(LEADING, COUNT - 1)):
+        expected = whole_cache(*cache, lengths)
+        for size in (COUNT, COUNT + 1):
+            coreset = compressor(jax.random.key(0), *cache, size=size, lengths=lengths)
+            if name in ROUNDED:
+                chex.assert_trees_all_close(coreset, expected, rtol=0, atol=ROUNDED[name])
+            else:
+                chex.assert_trees_all_equal(coreset, expected)
 
 
-def test_same_rng_same_coreset_and_heads_differ(compressor, cache):
+@pytest.mark.parametrize("name", sorted(DETERMINISTIC))
+def test_deterministic_methods_draw_nothing(name, cache):
+    compressor = MAKERS[name]()
+    coreset = compressor(jax.random.key(0), *cache, size=SIZE)
+    chex.assert_trees_all_equal(coreset, compressor(jax.random.key(1), *cache, size=SIZE))
+
+
+@pytest.mark.parametrize("name", sorted(set(MAKERS) - DETERMINISTIC))
+def test_same_rng_same_coreset_and_heads_differ(name, cache):
+    compressor = MAKERS[name]()
     # Small, so that the walks are not driven to the same signs in every head.
     keys, values = (
         np.float32(0.1) * np.broadcast_to(array[:1, :1], array.shape) for array in cache
@@ -144,7 +218,11 @@ def test_heads_are_numbered_flat(compressor, cache):
         np.testing.assert_array_equal(np.reshape(nested, unnested.shape), unnested)
 
 
-def test_transformations_change_nothing(compressor, cache):
+@pytest.mark.slow
+def test_transformations_change_nothing(name, compressor, cache):
+    # A solver amplifies rounding.
+    solved = name in OTHER_WEIGHTS | NORMALIZED
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if solved else {"rtol": 1e-6}
     rngs = jax.random.split(jax.random.key(0), LEADING[0])
 
     def compress(rng, keys, values):
@@ -152,7 +230,7 @@ def test_transformations_change_nothing(compressor, cache):
 
     one_by_one = [compress(rngs[i], cache[0][i], cache[1][i]) for i in range(LEADING[0])]
     expected = jax.tree.map(lambda *leaves: np.stack(leaves), *one_by_one)
-    chex.assert_trees_all_close(jax.jit(jax.vmap(compress))(rngs, *cache), expected, rtol=1e-6)
+    chex.assert_trees_all_close(jax.jit(jax.vmap(compress))(rngs, *cache), expected, **tolerance)
 
     mesh = jax.make_mesh(
         LEADING[:1] if jax.device_count() >= LEADING[0] else (1,),
@@ -167,13 +245,17 @@ def test_transformations_change_nothing(compressor, cache):
         in_specs=PartitionSpec("batch"),
         out_specs=PartitionSpec("batch"),
     )
-    chex.assert_trees_all_close(jax.jit(scanned)(rngs, *cache), expected, rtol=1e-6)
+    chex.assert_trees_all_close(jax.jit(scanned)(rngs, *cache), expected, **tolerance)
 
 
 def test_second_call_does_not_retrace(name, cache, monkeypatch):
-    module = sys.modules[type(MAKERS[name]()).__module__]
+    compressor = MAKERS[name]()
+    module = sys.modules[type(getattr(compressor, "informed", compressor)).__module__]
     chex.clear_trace_counter()
-    monkeypatch.setattr(module, "over_heads", chex.assert_max_traces(module.over_heads, n=1))
+    names = ("over_heads", "_refit_head", "_round_trip")
+    traced = next(each for each in names if hasattr(module, each))
+    limited = chex.assert_max_traces(getattr(module, traced), n=1)
+    monkeypatch.setattr(module, traced, limited)
     keys, values = (array[0, 0, :31] for array in cache)
     for seed in range(3):
         MAKERS[name]()(jax.random.key(seed), keys, values, size=16)
@@ -187,10 +269,8 @@ def test_equal_options_are_equal_compressors(name, compressor):
     assert len({make() for make in MAKERS.values()}) == len(MAKERS)
 
 
-@pytest.mark.parametrize("name", sorted(set(MAKERS) - {"balanced"}))
+@pytest.mark.parametrize("name", sorted(set(MAKERS) - LOOPS))
 def test_explicit_shardings_survive(name, cache):
-    # Not "balanced": JAX cannot yet vmap a while loop over an axis of an Explicit mesh. Under
-    # shard_map it can, which tests/test_compression.py does.
     compressor = MAKERS[name]()
     expected = compressor(jax.random.key(0), *cache, size=SIZE)
     shape = (2, 2) if jax.device_count() >= 4 else (1, 1)
@@ -202,7 +282,8 @@ def test_explicit_shardings_survive(name, cache):
     )
     sharding = NamedSharding(mesh, PartitionSpec("batch", "head"))
     coreset = compressor(jax.random.key(0), *jax.device_put(cache, sharding), size=SIZE)
-    chex.assert_trees_all_close(coreset, expected, rtol=1e-6)
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if name in NORMALIZED else {"rtol": 1e-6}
+    chex.assert_trees_all_close(coreset, expected, **tolerance)
     for leaf in coreset[:4]:
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
@@ -220,10 +301,33 @@ def test_strict_promotion(compressor, cache):
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         strict = compressor(jax.random.key(0), *cache, size=SIZE, lengths=lengths)
     coreset = compressor(jax.random.key(0), *cache, size=SIZE)
-    chex.assert_trees_all_close(strict, coreset, rtol=1e-6)
+    chex.assert_trees_all_close(strict, coreset, rtol=1e-3, atol=1e-3)
 
 
-def test_queries_are_ignored(compressor, cache):
+@pytest.mark.parametrize("name", sorted(INFORMED))
+def test_queries_must_be_given_where_they_are_wanted(name, cache):
+    compressor = MAKERS[name]().informed
+    for size in (SIZE, COUNT):
+        with pytest.raises(ValueError, match="queries must be given"):
+            compressor(jax.random.key(0), *cache, size=size)
+    with pytest.raises(ValueError, match="leading axes of keys"):
+        compressor(jax.random.key(0), *cache, size=SIZE, queries=cache[0][:1])
+
+
+@pytest.mark.parametrize("name", sorted(INFORMED))
+def test_non_finite_queries_say_so(name, cache):
+    queries = cache[0][..., :6, :].copy()
+    queries[1, 3, 5, 2] = np.nan
+    compressor = MAKERS[name]().informed
+    log_weights = compressor(jax.random.key(0), *cache, size=SIZE, queries=queries).log_weights
+    sick = np.isnan(np.asarray(log_weights))
+    assert np.all(sick[1, 3])
+    assert sick.sum() == SIZE
+
+
+@pytest.mark.parametrize("name", sorted(set(MAKERS) - INFORMED))
+def test_queries_are_ignored(name, cache):
+    compressor = MAKERS[name]()
     coreset = compressor(jax.random.key(0), *cache, size=SIZE, queries=cache[0])
     chex.assert_trees_all_equal(coreset, compressor(jax.random.key(0), *cache, size=SIZE))
 

@@ -1,0 +1,246 @@
+"""Clusters of keys, each behind its mean: the idea of SubGen, with k-means for its clustering."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from coreset_jax import validation
+from coreset_jax.attention import accumulation_dtype
+from coreset_jax.coreset import Compressor, Coreset, gather, over_heads, whole_cache
+
+# Distances that are held at a time, over all heads.
+_DISTANCES = 2**24
+
+
+def _seeds(
+    rng: Array, points: Float[Array, "n d"], inside: Bool[Array, " n"], size: int
+) -> Float[Array, "m d"]:
+    """Points drawn one after another, with probability as their squared distance to those before.
+
+    Every point waits an exponential time at the rate of its squared distance, and the first to
+    come is drawn. Such times have no memory: the others wait on at their new rates, and one set of
+    random numbers does for all draws.
+    """
+    waits = jax.random.exponential(rng, inside.shape, points.dtype)
+    squares = inside.astype(points.dtype)
+
+    def draw(
+        waits: Array, squares: Array
+    ) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " d"]]:
+        times = jnp.where(squares > 0, waits / squares, jnp.inf)
+        first = jnp.argmin(times)
+        passed = jnp.maximum(waits - squares * times[first], 0)
+        point = points[first]
+        apart = jnp.sum(jnp.square(points - point[None]), axis=-1)
+        return jnp.where(squares > 0, passed, waits), jnp.where(inside, apart, 0), point
+
+    # The first draw is at equal rates.
+    waits, squares, point = draw(waits, squares)
+
+    def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
+        waits, squares = state
+        waits, apart, point = draw(waits, squares)
+        return (waits, jnp.minimum(squares, apart)), point
+
+    _, points = jax.lax.scan(step, (waits, squares), None, length=size - 1)
+    return jnp.concatenate([point[None], points])
+
+
+def _nearest(
+    points: Float[Array, "n d"], centers: Float[Array, "m d"], block_size: int
+) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
+    """The nearest center of every point, of equal ones the first, and its squared distance."""
+    halves = jnp.sum(jnp.square(centers), axis=-1) / 2
+
+    def nearest(point: Float[Array, " d"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
+        products = jnp.matmul(centers, point, precision=jax.lax.Precision.HIGHEST)
+        distances = halves - products
+        return jnp.argmin(distances).astype(jnp.int32), jnp.min(distances)
+
+    clusters, distances = jax.lax.map(nearest, points, batch_size=block_size)
+    squares = 2 * distances + jnp.sum(jnp.square(points), axis=-1)
+    return clusters, jnp.maximum(squares, 0)
+
+
+def _totals(
+    rows: Float[Array, "n c"], clusters: Int[Array, " n"], size: int
+) -> Float[Array, "m c"]:
+    """The sum of the rows of each cluster; those of cluster ``size`` are left out."""
+    return jnp.zeros_like(rows, shape=(size, rows.shape[-1])).at[clusters].add(rows, mode="drop")
+
+
+def lloyd_step(
+    points: Float[Array, "n d"],
+    centers: Float[Array, "m d"],
+    inside: Bool[Array, " n"],
+    *,
+    block_size: int,
+) -> Float[Array, "m d"]:
+    """Moves centers to the means of the points nearest to them: one of Lloyd's steps.
+
+    A center that nothing is near to takes the place of a point that is far from its own. The sum
+    of the squared distances to the nearest center never grows.
+
+    Args:
+      points: points ``[n, d]``.
+      centers: centers ``[m, d]``.
+      inside: which points count ``[n]``.
+      block_size: points whose distances to all centers may be held at a time.
+    """
+    size = centers.shape[0]
+    clusters, squares = _nearest(points, centers, block_size)
+    clusters = jnp.where(inside, clusters, size)
+    counts = _totals(inside.astype(points.dtype)[:, None], clusters, size)
+    means = _totals(points, clusters, size) / jnp.maximum(counts, 1)
+    empty = counts[:, 0] == 0
+    _, far = jax.lax.top_k(jnp.where(inside, squares, -1), size)
+    return jnp.where(empty[:, None], points[far[jnp.cumsum(empty) - 1]], means)
+
+
+def _cluster_head(
+    rng: Array,
+    keys: Float[Array, "n d"],
+    values: Float[Array, "n dv"],
+    length: Int[Array, ""],
+    *,
+    size: int,
+    iterations: int,
+    block_size: int,
+) -> Coreset:
+    """The means of the clusters of one head, in the order of the keys nearest to them."""
+    dtype = accumulation_dtype(keys, values)
+    positions = jnp.zeros_like(keys[:, 0], jnp.int32) + jnp.arange(keys.shape[0], dtype=jnp.int32)
+    inside = positions < length
+    rows = jnp.concatenate([keys.astype(dtype), values.astype(dtype)], axis=-1)
+    rows = jnp.where(inside[:, None], rows, 0)
+    width = keys.shape[-1]
+    # Squared distances come from inner products, which lose less near the origin.
+    center = jnp.sum(rows[:, :width], axis=0) / length.astype(dtype)
+    points = jnp.where(inside[:, None], rows[:, :width] - center[None], 0)
+
+    centers = _seeds(rng, points, inside, size)
+    centers, _ = jax.lax.scan(
+        lambda centers, _: (lloyd_step(points, centers, inside, block_size=block_size), None),
+        centers,
+        None,
+        length=iterations,
+    )
+    clusters, squares = _nearest(points, centers, block_size)
+    clusters = jnp.where(inside, clusters, size)
+    ones = inside.astype(dtype)[:, None]
+    totals = _totals(jnp.concatenate([rows, ones], axis=-1), clusters, size)
+    counts = totals[:, -1]
+    means = totals[:, :-1] / jnp.maximum(counts, 1)[:, None]
+
+    # Named after the pair nearest to the center; an empty one has none, and comes last.
+    least = jnp.full_like(counts, jnp.inf).at[clusters].min(squares, mode="drop")
+    closest = inside & (squares <= least[jnp.minimum(clusters, size - 1)])
+    none = jnp.full_like(counts, keys.shape[0], dtype=jnp.int32)
+    names = none.at[clusters].min(jnp.where(closest, positions, keys.shape[0]), mode="drop")
+    slots = positions[:size]
+    indices, order = jax.lax.sort((names, slots), num_keys=1)
+    empty = indices >= length
+    clustered = gather(
+        means[:, :width].astype(keys.dtype),
+        means[:, width:].astype(values.dtype),
+        jnp.where(empty, -1, order),
+        jnp.log(counts[order]),
+    )._replace(indices=jnp.where(empty, -1, indices))
+    kept = gather(keys, values, jnp.where(slots < length, slots, -1), jnp.zeros_like(counts))
+    return jax.tree.map(lambda few, many: jnp.where(length <= size, few, many), kept, clustered)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "iterations"))
+def _cluster(
+    rng: Array,
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    lengths: Int[Array, "*heads"] | None,
+    *,
+    size: int,
+    iterations: int,
+) -> Coreset:
+    heads = max(math.prod(keys.shape[:-2]), 1)
+    cluster_head = functools.partial(
+        _cluster_head,
+        size=size,
+        iterations=iterations,
+        block_size=min(max(_DISTANCES // (heads * size), 1), keys.shape[-2]),
+    )
+    return over_heads(cluster_head, rng, keys, values, lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class _KMeans:
+    iterations: int
+
+    def __call__(
+        self,
+        rng: Array,
+        keys: Float[Array, "*heads n d"],
+        values: Float[Array, "*heads n dv"],
+        *,
+        size: int,
+        lengths: Int[Array, "*heads"] | None = None,
+        queries: Float[Array, "*heads q d"] | None = None,
+    ) -> Coreset:
+        del queries
+        validation.check_cache(keys, values)
+        validation.check_size(size)
+        validation.check_lengths(lengths, keys)
+        if size >= keys.shape[-2]:
+            return whole_cache(keys, values, lengths)
+        return _cluster(rng, keys, values, lengths, size=int(size), iterations=self.iterations)
+
+
+def kmeans(iterations: int = 10) -> Compressor:
+    r"""Replaces the cache by clusters of its keys: mean key, mean value, and how many they are.
+
+    .. math::
+       \min_{c_1, \dots, c_m} \sum_i \min_s \|k_i - c_s\|^2, \qquad
+       \bigl(k'_s, v'_s, w_s\bigr) =
+         \Bigl(\tfrac1{|C_s|} \sum_{i \in C_s} k_i,\; \tfrac1{|C_s|} \sum_{i \in C_s} v_i,\;
+         |C_s|\Bigr)
+
+    with :math:`C_s` the keys nearest to the center :math:`c_s`. Centers start at keys drawn as
+    k-means++ draws them and move by a fixed number of Lloyd's steps; one that nothing is near to
+    moves to a key far from its own center. The sum never grows from step to step.
+
+    SubGen has clusters of a given radius, found online, with a few uniform samples of each for the
+    denominator, and samples of pairs by the norm of their values for the numerator. Here clusters
+    are of a given number and their means stand for both.
+
+    Args:
+      iterations: Lloyd's steps, 0 or more. Each takes ``n * size * d`` multiplications a head, as
+        do the draws, one after another.
+
+    Returns:
+      A :class:`~coreset_jax.coreset.Compressor` ``(rng, keys [..., n, d], values [..., n, dv], *,
+      size, lengths=None, queries=None) -> Coreset``. It is query-free (``queries`` are ignored).
+      Keys and values are **not** those of the source, but means in its dtypes; ``indices`` name
+      the pair nearest to each center. Log-weights are float32 or wider and sum to the length.
+      Where keys repeat there may be fewer clusters than ``size``, and slots stay empty. A head no
+      longer than ``size`` is kept whole, and ``size >= n`` returns the cache itself. The call
+      raises ``ValueError`` if shapes do not fit, if ``size`` is not a positive integer or if
+      ``lengths`` lie outside ``1..n``.
+
+    Raises:
+      ValueError: if ``iterations`` is not a static integer of at least 0.
+
+    References:
+      Zandieh, Han, Mirrokni, Karbasi, *SubGen: Token Generation in Sublinear Time and Memory*,
+      2024, arXiv 2402.06082.
+      Arthur, Vassilvitskii, *k-means++: the advantages of careful seeding*, SODA 2007.
+
+    >>> import jax, jax.numpy as jnp, coreset_jax as cj
+    >>> keys, values = jax.random.normal(jax.random.key(0), (2, 128, 16))
+    >>> coreset = cj.baselines.kmeans()(jax.random.key(1), keys, values, size=32)
+    >>> print(jnp.exp(coreset.log_weights).sum().round(3))
+    128.0
+    """
+    validation.check_count("iterations", iterations, least=0)
+    return _KMeans(int(iterations))
