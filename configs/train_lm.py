@@ -1,26 +1,55 @@
-"""Training of the shipped language model; `:tiny` is the same code path in seconds."""
+"""Training of the shipped language model, in stages: the default one, `:long`, `:recall`, `:final`.
+
+`:tiny` is the same code path in seconds.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import ml_collections
 
 
-def get_config(variant: str = "shipped") -> ml_collections.ConfigDict:
+class _Stage(NamedTuple):
+    """A stage that goes on from the model of another; settings as in the configuration."""
+
+    after: str
+    phases: tuple[tuple[int, int, int], ...]
+    repeats: int
+    adam_learning_rate: float
+    decay_start: int
+    evaluate_every: int
+
+
+_CONTINUED = {
+    "long": _Stage("short", ((110, 1, 8192), (24, 1, 16384)), 4, 0.001, 60, 40),
+    "recall": _Stage("long", ((170, 2, 4096),), 8, 0.002, 60, 50),
+    "final": _Stage("recall", ((100, 1, 8192),), 8, 0.0015, 30, 50),
+}
+STAGES = ("short", *_CONTINUED)
+VARIANTS = (*STAGES, "tiny")
+
+
+def get_config(variant: str = "short") -> ml_collections.ConfigDict:
     """Return the configuration.
 
     Args:
-      variant: `"shipped"`, the run behind the shipped checkpoint, or `"tiny"`, for tests.
+      variant: `"short"`, the first stage of the shipped checkpoint; `"long"`, `"recall"` and
+        `"final"`, the others, each of which starts from the model of the one before
+        (`config.start`); or `"tiny"`, for tests.
 
     Returns:
       The configuration that `experiments.train_lm` reads.
 
     Raises:
-      ValueError: `variant` is neither of the two.
+      ValueError: `variant` is none of them.
     """
-    if variant not in ("shipped", "tiny"):
-        raise ValueError(f"variant must be 'shipped' or 'tiny', got {variant!r}")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
     config = ml_collections.ConfigDict()
     config.seed = 0
+    # A model to go on from, as a file; the optimizer begins anew. Empty: random parameters.
+    config.start = ""
     config.model = ml_collections.ConfigDict(
         {
             "num_layers": 4,
@@ -40,6 +69,8 @@ def get_config(variant: str = "shipped") -> ml_collections.ConfigDict:
     config.matmul_dtype = "bfloat16"
     # (steps, sequences a step, bytes a sequence): short and cheap first, long at the end.
     config.phases = ((800, 24, 256), (450, 6, 1024), (190, 2, 4096))
+    # Passages of every window that repeat an earlier one.
+    config.repeats = 0
     config.muon_learning_rate = 0.02
     config.adam_learning_rate = 0.004
     config.adam_weight_decay = 0.1
@@ -51,9 +82,22 @@ def get_config(variant: str = "shipped") -> ml_collections.ConfigDict:
     config.evaluate_every = 250
     config.evaluation_windows = 16
     config.evaluation_width = 2048
-    # How much of the held-out stream the last evaluation reads: all of it.
+    # How much of the held-out stream the last evaluation reads, all of it, and in what windows.
     config.heldout_bytes = 1 << 30
+    config.heldout_window = 4096
     config.checkpoint_every = 100
+    if variant in _CONTINUED:
+        stage = _CONTINUED[variant]
+        config.start = f"/tmp/train_{stage.after}/model.safetensors"
+        config.phases = stage.phases
+        config.repeats = stage.repeats
+        config.muon_learning_rate = 0.005
+        config.adam_learning_rate = stage.adam_learning_rate
+        config.warmup_steps = 10
+        config.decay_start = stage.decay_start
+        config.log_every = 10
+        config.evaluate_every = stage.evaluate_every
+        config.checkpoint_every = 10
     if variant == "tiny":
         config.model.num_layers = 2
         config.model.embed_dim = 32
@@ -73,5 +117,6 @@ def get_config(variant: str = "shipped") -> ml_collections.ConfigDict:
         config.evaluation_windows = 2
         config.evaluation_width = 128
         config.heldout_bytes = 1000
+        config.heldout_window = 128
         config.checkpoint_every = 6
     return config

@@ -22,6 +22,7 @@ import safetensors.numpy
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from experiments import results
 from experiments.decoder import Decoder as Decoder
 from experiments.decoder import ModelConfig as ModelConfig
 from experiments.decoder import checked
@@ -228,7 +229,6 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Write a file aside and rename it: a reader sees the old content or the new, never a part."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    with results.replacing(path) as partial:
+        partial.write_bytes(content)

@@ -108,7 +108,11 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
 
 def batch_at(
-    stream: UInt8[np.ndarray, " bytes"], phases: Sequence[Phase], seed: int, step: int
+    stream: UInt8[np.ndarray, " bytes"],
+    phases: Sequence[Phase],
+    seed: int,
+    step: int,
+    repeats: int = 0,
 ) -> UInt8[np.ndarray, "batch width"]:
     """Return the batch of a step, a function of the arguments alone.
 
@@ -120,6 +124,7 @@ def batch_at(
       phases: the phases in order.
       seed: any integer.
       step: 0-based, below the sum of all steps.
+      repeats: passages of every window that say again what stood earlier in it, at any distance.
 
     Returns:
       uint8 `[batch, length + 1]`: inputs and, shifted by one, targets.
@@ -141,8 +146,22 @@ def batch_at(
         epoch, position = divmod(sequence, count)
         offset, order = _epoch_order(seed, index, epoch, count, phase.length)
         start = offset + int(order[position]) * phase.length
-        rows.append(stream[start : start + phase.length + 1])
+        row = stream[start : start + phase.length + 1]
+        rows.append(_with_repeats(row, repeats, np.random.default_rng((seed, index, sequence))))
     return np.stack(rows)
+
+
+def _with_repeats(
+    row: UInt8[np.ndarray, " width"], repeats: int, random: np.random.Generator
+) -> UInt8[np.ndarray, " width"]:
+    row = row.copy()
+    for _ in range(repeats):
+        # Long enough to be noticed, short enough to leave most of the window as it was.
+        length = int(random.integers(64, max(65, row.size // (4 * repeats))))
+        target = int(random.integers(length, row.size - length))
+        source = int(random.integers(0, target - length + 1))
+        row[target : target + length] = row[source : source + length]
+    return row
 
 
 @functools.lru_cache(maxsize=4)
@@ -288,6 +307,11 @@ def train(
         rngs=nnx.Rngs(params=config.seed),
     )
     graph, parameters = nnx.split(model)
+    if config.start:
+        started, started_config = lm.load(config.start)
+        if started_config != model_config:
+            raise ValueError(f"{config.start} holds another model than config.model describes")
+        parameters = nnx.state(started)
     # The same model with float32 products: what is evaluated and exported is what will be used.
     exact_graph = nnx.graphdef(
         nnx.eval_shape(lambda: decoder.Decoder(model_config, rngs=nnx.Rngs(params=0)))
@@ -312,6 +336,8 @@ def train(
     def export(step: int, metadata: dict[str, str]) -> decoder.Decoder:
         exact = nnx.merge(exact_graph, state.parameters)
         read = sum(phase.batch * phase.length * steps for phase, steps in _progress(phases, step))
+        if config.start:
+            read += int(lm.metadata(config.start)["bytes_read"])
         lm.save(
             output / "model.safetensors",
             exact,
@@ -328,7 +354,7 @@ def train(
     with (output / "log.jsonl").open("w", encoding="utf-8") as log:
         log.writelines(json.dumps(record) + "\n" for record in records)
         for index in range(int(state.step), last):
-            batch = batch_at(stream, phases, config.seed, index)
+            batch = batch_at(stream, phases, config.seed, index, config.repeats)
             state, loss = update(state, jnp.asarray(batch))
             losses.append(loss)
             window_bytes += batch.shape[0] * (batch.shape[1] - 1)
@@ -356,7 +382,7 @@ def train(
             window_began, window_bytes = time.monotonic(), 0
     if last < total:
         return nnx.merge(exact_graph, state.parameters)
-    width = phases[-1].length
+    width = config.heldout_window
     bits = lm.stream_bits_per_byte(
         nnx.merge(exact_graph, state.parameters), heldout[: config.heldout_bytes], width
     )

@@ -1,6 +1,7 @@
 """The language model of the experiments: its text, arithmetic, checkpoint and training."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -295,9 +296,11 @@ class TestShippedCheckpoint:
 
     def test_metadata_tells_how_it_was_made(self) -> None:
         metadata = lm.metadata()
-        config = train_config.get_config()
-        assert metadata["seed"] == str(config.seed)
-        assert metadata["step"] == str(sum(steps for steps, _, _ in config.phases))
+        stages = [train_config.get_config(name) for name in train_config.STAGES]
+        assert metadata["seed"] == str(stages[-1].seed)
+        assert metadata["step"] == str(sum(steps for steps, _, _ in stages[-1].phases))
+        read = sum(math.prod(phase) for config in stages for phase in config.phases)
+        assert metadata["bytes_read"] == str(read)
         assert float(metadata["heldout_bits_per_byte"]) < 1.7
 
     def test_heldout_text(self, shipped: lm.Decoder) -> None:
