@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+EXTRAS ?= test
+TESTS ?=
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --no-input
@@ -13,8 +15,8 @@ PYTEST := $(RUN) -m pytest --numprocesses=auto --dist=worksteal
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help install demo sweep bench test test-slow test-all test-oldest lint format hooks wheel \
-	clean distclean
+.PHONY: help install demo decode sweep laws lower-bound feasibility bench test test-slow test-all test-oldest test-clients lint format \
+	hooks wheel clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,17 +25,30 @@ help: ## list the targets
 
 install: $(INSTALLED) ## install the library, the experiments and the tests into .venv
 
-demo: $(INSTALLED) ## compress the caches of the shipped model and compare methods
+demo: $(INSTALLED) ## compress the caches of the shipped model, compare methods, and decode over them
 	$(RUN) -m experiments.compress_cache --config=configs/compress_cache.py:demo $(ARGS)
+	$(RUN) -m experiments.decode --config=configs/decode.py:demo
+
+decode: $(INSTALLED) ## what the model loses when it decodes over compressed caches; resumes
+	$(RUN) -m experiments.decode --config=configs/decode.py $(ARGS)
 
 sweep: $(INSTALLED) ## measure the error over radius, width and size; resumes where it stopped
 	$(RUN) -m experiments.sweep --config=configs/sweep.py $(ARGS)
+
+laws: $(INSTALLED) ## the paper's laws one by one, with the exponents that were measured; resumes
+	$(RUN) -m experiments.laws --config=configs/laws.py $(ARGS)
+
+lower-bound: $(INSTALLED) ## how many hidden bits a coreset still shows; resumes
+	$(RUN) -m experiments.lower_bound --config=configs/lower_bound.py $(ARGS)
+
+feasibility: $(INSTALLED) ## for which heads of the model an error can be promised; resumes
+	$(RUN) -m experiments.feasibility --config=configs/feasibility.py $(ARGS)
 
 bench: $(INSTALLED) ## time, memory and the ratio to the matrix products alone
 	$(RUN) -m benchmarks.compress $(ARGS)
 
 test: $(INSTALLED) ## all tests but the slow ones
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(TESTS) $(ARGS)
 
 # Exit status 5: no test was selected.
 test-slow: $(INSTALLED) ## the slow tests
@@ -44,6 +59,9 @@ test-all: $(INSTALLED) ## all tests
 
 test-oldest: ## all tests but the slow ones, with the oldest dependencies that pyproject.toml admits
 	$(MAKE) test VENV=.venv-oldest OLDEST=1
+
+test-clients: ## the tests against other people's models, with google-tunix in .venv-clients
+	$(MAKE) test VENV=.venv-clients EXTRAS=test,clients TESTS="tests/clients --disable-warnings"
 
 lint: $(LINT_INSTALLED) ## ruff and mypy
 	$(RUN) -m ruff check $(ARGS)
@@ -65,7 +83,7 @@ clean: ## remove what tests and builds left behind
 	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the virtual environments as well
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest .venv-clients
 
 # The stamp is written last and removed first, so that an interrupted installation starts afresh.
 $(INSTALLED): pyproject.toml coreset_jax/_version.py
@@ -79,9 +97,9 @@ $(INSTALLED): pyproject.toml coreset_jax/_version.py
 	@echo "Installing into $(VENV)"
 ifdef OLDEST
 	@sed -n 's/^ *"\([a-zA-Z_-]*\)>=\([0-9.]*\)",$$/\1==\2/p' $< > $(VENV)/oldest.txt
-	@$(PIP) install --quiet --constraint $(VENV)/oldest.txt --editable ".[test]"
+	@$(PIP) install --quiet --constraint $(VENV)/oldest.txt --editable ".[$(EXTRAS)]"
 else
-	@$(PIP) install --quiet --editable ".[test]"
+	@$(PIP) install --quiet --editable ".[$(EXTRAS)]"
 endif
 	@touch $@
 

@@ -1,14 +1,17 @@
 """Nearly optimal attention coresets: shrink a KV cache and say how wrong the result may be."""
 
-from coreset_jax import baselines, guarantees, problem, walks
+from coreset_jax import baselines, guarantees, problem, refit, streaming, walks
 from coreset_jax._version import __version__
 from coreset_jax.attention import attention
-from coreset_jax.compression import balanced, compress
+from coreset_jax.certified import Certified, OutOfReachError, compress
+from coreset_jax.compression import balanced
 from coreset_jax.coreset import Compressor, Coreset, attend
 
 __all__ = [
+    "Certified",
     "Compressor",
     "Coreset",
+    "OutOfReachError",
     "__version__",
     "attend",
     "attention",
@@ -17,5 +20,7 @@ __all__ = [
     "compress",
     "guarantees",
     "problem",
+    "refit",
+    "streaming",
     "walks",
 ]

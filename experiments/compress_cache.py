@@ -336,9 +336,7 @@ def main(arguments: Sequence[str]) -> None:
     """Does the job that the flags describe."""
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments {arguments[1:]}")
-    logging.set_verbosity(logging.INFO)
-    # JAX tells of every backend that it does not find.
-    logging.get_absl_logger().manager.getLogger("jax").setLevel("WARNING")
+    results.start_logging()
     config = flags.FLAGS.config
     try:
         passage = read_passage(config)

@@ -40,6 +40,13 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _LOG_EVERY = 15.0
 
 
+def start_logging() -> None:
+    """Shows the log of an experiment, and of JAX only what went wrong."""
+    logging.set_verbosity(logging.INFO)
+    # JAX tells of every backend that it does not find.
+    logging.get_absl_logger().manager.getLogger("jax").setLevel("WARNING")
+
+
 def versions() -> dict[str, str]:
     """The versions and the backend that a figure was made with."""
     return {
@@ -79,11 +86,17 @@ def _restored(value: Any) -> Any:
 
 
 @functools.cache
+def digest(*paths: str | os.PathLike[str]) -> str:
+    """A short digest of what some files hold, for the settings of cells that depend on it."""
+    contents = b"".join(pathlib.Path(path).read_bytes() for path in paths)
+    return hashlib.sha256(contents).hexdigest()[:16]
+
+
+@functools.cache
 def code_digest() -> str:
     """A digest of the library's sources: figures of other code are other figures."""
     root = pathlib.Path(coreset_jax.__file__).parent
-    sources = b"".join(path.read_bytes() for path in sorted(root.rglob("*.py")))
-    return hashlib.sha256(sources).hexdigest()[:16]
+    return digest(*sorted(root.rglob("*.py")))
 
 
 def cell_key(settings: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ with one constant fitted to all errors of the balanced coresets. Finished cells 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,11 +109,14 @@ def grid(config: ml_collections.ConfigDict) -> list[Cell]:
     ]
 
 
-def measure(cell: Cell) -> dict[str, float]:
+def measure(
+    cell: Cell, methods: Mapping[str, Callable[[float], cj.Compressor]] = METHODS
+) -> dict[str, float]:
     """Compresses the cell's cache and looks for the worst query.
 
     Args:
       cell: the settings.
+      methods: the compressors by the names of the methods, given the radius.
 
     Returns:
       ``error``, the largest error found, in units of the values' norm 1, and ``median_ascent``,
@@ -123,7 +126,7 @@ def measure(cell: Cell) -> dict[str, float]:
     keys, values = instances.INSTANCES[cell.instance](
         instance_rng, cell.count, cell.width, cell.width
     )
-    coreset = METHODS[cell.method](cell.rho)(method_rng, keys, values, size=cell.size)
+    coreset = methods[cell.method](cell.rho)(method_rng, keys, values, size=cell.size)
     worst = cj.guarantees.adversary(
         adversary_rng,
         keys,
@@ -181,12 +184,25 @@ def fit_slope(line: Line, smallest: int, largest: int) -> Slope:
       The slope with half its 95 % interval (Student's t); NaN with fewer than three points.
     """
     rows = (line.sizes >= smallest) & (line.sizes <= largest)
-    sizes = np.repeat(line.sizes[rows], line.errors.shape[1])
-    errors = line.errors[rows].ravel()
+    return fit_line(np.log(line.sizes[rows]), line.errors[rows])
+
+
+def fit_line(positions: np.ndarray, errors: np.ndarray) -> Slope:
+    """Least squares of log error on a position, every seed a point.
+
+    Args:
+      positions: where the errors were measured ``[points]``.
+      errors: ``[points, seeds]``.
+
+    Returns:
+      The slope with half its 95 % interval (Student's t); NaN with fewer than three points.
+    """
+    places = np.repeat(positions, errors.shape[1])
+    errors = errors.ravel()
     usable = np.isfinite(errors) & (errors > 0)
-    if np.sum(usable) < 3 or np.unique(sizes[usable]).size < 2:
+    if np.sum(usable) < 3 or np.unique(places[usable]).size < 2:
         return Slope(math.nan, math.nan)
-    fit = scipy.stats.linregress(np.log(sizes[usable]), np.log(errors[usable]))
+    fit = scipy.stats.linregress(places[usable], np.log(errors[usable]))
     quantile = scipy.stats.t.ppf(0.975, np.sum(usable) - 2)
     return Slope(float(fit.slope), float(quantile * fit.stderr))
 
@@ -419,9 +435,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the sweep that the flags describe."""
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments {arguments[1:]}")
-    logging.set_verbosity(logging.INFO)
-    # JAX tells of every backend that it does not find.
-    logging.get_absl_logger().manager.getLogger("jax").setLevel("WARNING")
+    results.start_logging()
     run(flags.FLAGS.config)
 
 

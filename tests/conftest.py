@@ -12,22 +12,55 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Tests that run a program in a process of its own hand the same environment on.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Four CPU devices make a mesh. One thread an operation, since every core has a worker.
-for flag in ("--xla_force_host_platform_device_count=4", "--xla_cpu_multi_thread_eigen=false"):
+# Four CPU devices make a mesh. One thread an operation, since every core has a worker. Most of the
+# time goes into compilation, and much of that into optimisation that small arrays do not need.
+FLAGS = ["--xla_force_host_platform_device_count=4", "--xla_cpu_multi_thread_eigen=false"]
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    FLAGS.append("--xla_backend_optimization_level=0")
+for flag in FLAGS:
     flags = os.environ.get("XLA_FLAGS", "")
     if flag.partition("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 for library in ("MKL", "OMP", "OPENBLAS"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
-# Most of the time goes into compilation. JAX names a stored program after its text, the versions,
-# the flags and the machine, so that a stale one is never taken.
+# JAX names a stored program after its text, the versions, the flags and the machine, so that a
+# stale one is never taken.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 # The first example compiles; and the same examples are drawn in every run.
 settings.register_profile("coreset", deadline=None, derandomize=True)
 settings.load_profile("coreset")
+
+
+# Linux gives a process so many memory mappings, and compiled programs take a few each: a worker
+# that kept all of them would be killed before its last test.
+_MAPPINGS = pathlib.Path("/proc/self/maps")
+_MOST_MAPPINGS = 25_000
+_TESTS_BETWEEN_LOOKS = 10
+
+
+class _ForgetsPrograms:
+    """Lets compiled programs go before there are too many; the cache on disk has most of them."""
+
+    def __init__(self) -> None:
+        self.tests = 0
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self) -> None:
+        self.tests += 1
+        if self.tests % _TESTS_BETWEEN_LOOKS or not _MAPPINGS.exists():
+            return
+        if _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+            import jax
+
+            jax.clear_caches()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers what doctests need as well: hooks of this file would only see its own folder."""
+    config.pluginmanager.register(_ForgetsPrograms())
 
 
 @pytest.hookimpl(optionalhook=True)

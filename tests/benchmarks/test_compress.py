@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks import compress
 
 
+@pytest.mark.slow
 def test_quick_run_prints_the_table():
     finished = subprocess.run(
         [sys.executable, "-m", "benchmarks.compress", "--quick", "--repeats=1"],

@@ -33,6 +33,7 @@ def line(sizes, errors, *, rho=1.0, width=32, method="balanced"):
     return sweep.Line(rho, width, method, np.asarray(sizes), errors)
 
 
+@pytest.mark.slow
 def test_a_tiny_sweep_measures_prints_draws_and_resumes(config, capsys, monkeypatch):
     lines = sweep.run(config)
     printed = capsys.readouterr().out
