@@ -38,21 +38,15 @@ settings.load_profile("coreset")
 # that kept all of them would be killed before its last test.
 _MAPPINGS = pathlib.Path("/proc/self/maps")
 _MOST_MAPPINGS = 25_000
-_TESTS_BETWEEN_LOOKS = 10
 
 
 class _ForgetsPrograms:
     """Lets compiled programs go before there are too many; the cache on disk has most of them."""
 
-    def __init__(self) -> None:
-        self.tests = 0
-
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self) -> None:
-        self.tests += 1
-        if self.tests % _TESTS_BETWEEN_LOOKS or not _MAPPINGS.exists():
-            return
-        if _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        # After every test: one alone may take ten thousand.
+        if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
             import jax
 
             jax.clear_caches()
