@@ -1,6 +1,6 @@
 """Nearly optimal attention coresets: shrink a KV cache and say how wrong the result may be."""
 
-from coreset_jax import baselines, guarantees, problem, refit, streaming, walks
+from coreset_jax import baselines, budgets, guarantees, problem, refit, streaming, walks
 from coreset_jax._version import __version__
 from coreset_jax.attention import attention
 from coreset_jax.certified import Certified, OutOfReachError, compress
@@ -17,6 +17,7 @@ __all__ = [
     "attention",
     "balanced",
     "baselines",
+    "budgets",
     "compress",
     "guarantees",
     "problem",

@@ -39,6 +39,7 @@ FLOORS = {
     "refit": 4,
     "guarantees": 4,
     "baselines": 4,
+    "budgets": 5,
     "certified": 5,
     "nn": 5,
 }

@@ -19,6 +19,7 @@ class Instance(NamedTuple):
     keys: np.ndarray
     values: np.ndarray
     queries: np.ndarray
+    samples: np.ndarray
 
     def error(self, keys, values, log_weights):
         """Mean over the queries of the error, in units of the mean norm of the exact answer."""
@@ -48,14 +49,14 @@ def build(name):
     mixing = rng.standard_normal((width, width)) / np.sqrt(width)
     values = rng.standard_normal((count, width)) + (4.0 * directions) @ mixing
     queries = 1.2 * rng.standard_normal((512, width))
-    rng.standard_normal((1024, width))  # Sample queries, which these methods do not look at.
+    samples = 1.2 * rng.standard_normal((1024, width))
     if heavy:
         keys[rng.choice(count, size=81, replace=False)] *= factor
         values[rng.choice(count, size=40, replace=False)] *= 8.0
         places = rng.permutation(count)
         keys[places[:204]] = keys[places[204:408]]
         values[places[:204]] = values[places[204:408]]
-    return Instance(*(array.astype(np.float32) for array in (keys, values, queries)))
+    return Instance(*(array.astype(np.float32) for array in (keys, values, queries, samples)))
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,6 @@ from coreset_jax.coreset import whole_cache
 FIGURES = json.loads(
     pathlib.Path(__file__).with_name("kernel_methods.json").read_text(encoding="utf-8")
 )
-# Sum of squares of the authors' sample queries, to know them by.
-SUMS_OF_SQUARES = {"smooth": 47047.0239041273, "heavy": 47626.8712, "medium": 47084.03926453594}
 
 
 def figures(kind, **settings):
@@ -24,28 +22,15 @@ def figures(kind, **settings):
     return row
 
 
-def sample_queries(name):
-    """The sample queries of an instance, drawn after everything that conftest.build draws."""
-    rng = np.random.default_rng({"smooth": 20261, "heavy": 20262, "medium": 20263}[name])
-    rng.standard_normal((16, 32))
-    rng.integers(0, 16, size=4096)
-    for shape in [(4096, 32), (32, 32), (4096, 32), (512, 32)]:
-        rng.standard_normal(shape)
-    queries = (1.2 * rng.standard_normal((1024, 32))).astype(np.float32)
-    np.testing.assert_allclose(np.sum(np.float64(queries) ** 2), SUMS_OF_SQUARES[name], rtol=1e-7)
-    return queries
-
-
-def match(instance, name, size, dtype=np.float32):
-    arrays = [array.astype(dtype) for array in (*instance[:2], sample_queries(name))]
-    keys, values, queries = arrays
+def match(instance, size, dtype=np.float32):
+    keys, values, _, queries = (array.astype(dtype) for array in instance)
     compressor = baselines.attention_matching()
     return compressor(jax.random.key(0), keys, values, size=size, queries=queries)
 
 
 def test_reproduces_the_published_code(x64, instances):
     row = figures("checkpoints", instance="smooth")
-    coreset = match(instances["smooth"], "smooth", 128, np.float64)
+    coreset = match(instances["smooth"], 128, np.float64)
     places = np.argsort(row["order"])
     np.testing.assert_array_equal(coreset.indices, np.array(row["order"])[places])
     np.testing.assert_allclose(coreset.log_weights, np.array(row["beta"])[places], rtol=1e-9)
@@ -59,7 +44,7 @@ def test_reproduces_the_published_code(x64, instances):
 def test_error_is_the_published_one(instances, size):
     # Theirs varies by less than a part in ten thousand here.
     row = figures("errors", instance="smooth", dtype="float32", size=size)
-    error = instances["smooth"].error(*match(instances["smooth"], "smooth", size)[:3])
+    error = instances["smooth"].error(*match(instances["smooth"], size)[:3])
     np.testing.assert_allclose(error, row["mean"], rtol=1e-3)
 
 
@@ -67,7 +52,7 @@ def test_error_is_the_published_one(instances, size):
 def test_copies_share_where_the_published_solver_rounds(instances, name, least_norm):
     # The figure of the authors' pipeline with a solver of least norm in place of theirs.
     row = figures("errors", instance=name, dtype="float32", size=128)
-    error = instances[name].error(*match(instances[name], name, 128)[:3])
+    error = instances[name].error(*match(instances[name], 128)[:3])
     assert error < row["mean"] + 3 * row["deviation"]
     np.testing.assert_allclose(error, least_norm, rtol=0.02)
 

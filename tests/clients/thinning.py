@@ -1,0 +1,52 @@
+"""A cache to thin, as points for those who thin points, and what a choice of pairs answers."""
+
+import jax
+import numpy as np
+
+import coreset_jax as cj
+
+WIDTH = 32
+
+
+def cache(count):
+    """Clustered keys, and values that follow them with noise; and queries."""
+    rng = np.random.default_rng(0)
+    centers = rng.standard_normal((16, WIDTH))
+    centers /= np.linalg.norm(centers, axis=1, keepdims=True)
+    keys = centers[rng.integers(0, 16, count)] + 0.15 * rng.standard_normal((count, WIDTH))
+    keys *= 4 / np.linalg.norm(keys, axis=1, keepdims=True)
+    values = keys @ rng.standard_normal((WIDTH, WIDTH)) / np.sqrt(WIDTH)
+    values += rng.standard_normal((count, WIDTH))
+    queries = 1.2 * rng.standard_normal((512, WIDTH))
+    return [array.astype(np.float32) for array in (keys, values, queries)]
+
+
+def points_and_bandwidth(keys, values):
+    """[keys, values], each in units of its spread, and half the square of a median distance."""
+    columns = []
+    for array in (keys, values):
+        centered = np.float64(array) - array.mean(axis=0)
+        columns.append(centered / np.sqrt(np.mean(np.sum(centered**2, axis=1))))
+    points = np.concatenate(columns, axis=1)
+    some = points[:1000]
+    squares = np.sum(some**2, axis=1)
+    squares = squares[:, None] + squares[None] - 2 * some @ some.T
+    return points, 0.5 * np.median(squares[np.triu_indices(len(some), 1)])
+
+
+def error_of_pairs(kept, keys, values, queries):
+    """The mean error of attention over some pairs, alike in weight."""
+    exact = cj.attention(queries, keys, values)
+    wrong = cj.attention(queries, keys[kept], values[kept]) - exact
+    return float(np.mean(np.linalg.norm(wrong, axis=-1)))
+
+
+def error_of_balanced(keys, values, queries, size, draws=4):
+    """The same for balanced coresets, in the mean over a few."""
+    exact = cj.attention(queries, keys, values)
+    keys, values, queries = (
+        np.broadcast_to(array, (draws, *array.shape)) for array in (keys, values, queries)
+    )
+    coreset = cj.balanced()(jax.random.key(0), keys, values, size=size)
+    wrong = cj.attend(queries, coreset) - exact[None]
+    return float(np.mean(np.linalg.norm(wrong, axis=-1)))
