@@ -71,7 +71,7 @@ def prepare(case: Case) -> tuple[Callable[[], Any], Callable[[], Any]]:
     rng = jax.random.key(1)
 
     def compress() -> cj.Coreset:
-        return cj.compress(rng, keys, values, size=case.size, rho=1.0, scale=1.0)
+        return cj.balanced(rho=1.0, scale=1.0)(rng, keys, values, size=case.size)
 
     coreset = compress()
 

@@ -122,7 +122,7 @@ def prepare(case: Case) -> Prepared:
     before = peak_bytes()
 
     def compress(rng: Array, keys: Array, values: Array) -> cj.Coreset:
-        return cj.compress(rng, keys, values, size=case.size)
+        return cj.balanced()(rng, keys, values, size=case.size)
 
     start = time.perf_counter()
     compiled = jax.jit(compress).lower(rng, keys, values).compile()
@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> None:
     growth = np.median(turns[long][:, 0] / turns[short][:, 0])
     lengths = f"n = {short.length} to {long.length}"
     print_table(
-        f"cj.compress, default settings, float32; median of {_REPEATS.value} turns",
+        f"cj.balanced, default settings, float32; median of {_REPEATS.value} turns",
         [
             "heads x n -> size",
             "d",

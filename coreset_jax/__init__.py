@@ -6,6 +6,9 @@ from coreset_jax.attention import attention
 from coreset_jax.certified import Certified, OutOfReachError, compress
 from coreset_jax.compression import balanced
 from coreset_jax.coreset import Compressor, Coreset, attend
+from coreset_jax.fitted import fitted
+from coreset_jax.pivots import pivoted
+from coreset_jax.stretches import stretched
 
 __all__ = [
     "Certified",
@@ -19,9 +22,12 @@ __all__ = [
     "baselines",
     "budgets",
     "compress",
+    "fitted",
     "guarantees",
+    "pivoted",
     "problem",
     "refit",
     "streaming",
+    "stretched",
     "walks",
 ]

@@ -1,8 +1,8 @@
 r"""Compression to a size, or to an error that is certified.
 
-With a size, :func:`compress` is :func:`coreset_jax.compression.balanced`. With an error, the cache
-is halved as long as a certificate allows it: what comes back answers every query of the ball
-within that error, and half of it could not be shown to.
+With a size, :func:`compress` is :func:`coreset_jax.fitted.fitted`. With an error, the cache is
+halved by :func:`coreset_jax.compression.balanced` as long as a certificate allows it: what comes
+back answers every query of the ball within that error, and half of it could not be shown to.
 """
 
 import math
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from coreset_jax import validation
 from coreset_jax.compression import balanced
 from coreset_jax.coreset import Compressor, Coreset
+from coreset_jax.fitted import fitted
 from coreset_jax.guarantees.certificate import Certificate, certificate
 from coreset_jax.guarantees.sizes import reachable_error
 from coreset_jax.problem import reduce
@@ -121,12 +122,14 @@ def compress(
       eps: or the largest error, in the units of the values.
       rho: the paper's query radius, in the unit problem; a scalar or ``[...]``.
       query_norm: largest norm of a raw query instead; a scalar or ``[...]``.
-      queries: sample queries ``[..., q, d]`` instead; only their largest norm is used. If none of
-        the three is given, ``query_norm`` is ``sqrt(d)``.
+      queries: sample queries ``[..., q, d]``: with ``size`` the coreset is matched to what they
+        hear; and unless a radius is given, their largest norm is that. If none of the three is
+        given, ``query_norm`` is ``sqrt(d)``.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
       lengths: valid pairs of each head ``[...]``; the rest is padding and may hold anything.
-      compressor: the method; ``None`` means :func:`coreset_jax.compression.balanced` for this
-        radius. Refits (:mod:`coreset_jax.refit`) are certified to smaller errors.
+      compressor: the method; ``None`` means, for this radius,
+        :func:`coreset_jax.fitted.fitted` with ``size`` and
+        :func:`coreset_jax.compression.balanced` with ``eps``.
 
     Returns:
       With ``size``, the coreset, with ``min(size, n)`` slots a head; read it with
@@ -154,7 +157,8 @@ def compress(
             f"size must be given, or eps, and not both; got size {size!r} and eps {eps!r}."
         )
     if compressor is None:
-        compressor = balanced(rho=rho, query_norm=query_norm, scale=scale)
+        method = balanced if size is None else fitted
+        compressor = method(rho=rho, query_norm=query_norm, scale=scale)
     if eps is None:
         assert size is not None
         return compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)

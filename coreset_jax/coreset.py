@@ -1,5 +1,6 @@
 """The coreset, the protocol of everything that makes one, and attention over it."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -146,6 +147,7 @@ def over_heads(
     values: Float[Array, "*heads n dv"],
     lengths: Int[Array, "*heads"] | None,
     *more: Any,
+    at_once: int | None = None,
 ) -> Coreset:
     """Compresses every head by itself, with a fold of ``rng`` of its own.
 
@@ -159,6 +161,8 @@ def over_heads(
       values: values ``[..., n, dv]``.
       lengths: valid pairs of each head ``[...]``; ``None`` means all.
       *more: further arguments with the leading axes of keys, or ``None``.
+      at_once: heads that are looked at together, the others after them; ``None`` means all. Not
+        for sharded heads.
 
     Returns:
       The coresets of all heads. A head with a NaN or an infinity among its valid pairs has NaN
@@ -178,9 +182,14 @@ def over_heads(
         finite = jnp.all(jnp.isfinite(keys) | padding) & jnp.all(jnp.isfinite(values) | padding)
         return coreset._replace(log_weights=jnp.where(finite, coreset.log_weights, jnp.nan))
 
+    arguments = (numbers, keys, values, lengths, *more)
+    if at_once is not None and math.prod(leading) > at_once:
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(leading) :]), arguments)
+        found = jax.lax.map(lambda each: one_head(*each), flat, batch_size=at_once)
+        return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[1:]), found)
     for _ in leading:
         one_head = jax.vmap(one_head)
-    return one_head(numbers, keys, values, lengths, *more)
+    return one_head(*arguments)
 
 
 def attend(

@@ -11,10 +11,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from coreset_jax.kernels import exponential_kernel
-from coreset_jax.problem import Reduction, restore_values, unit_keys, unit_values
+from coreset_jax.problem import (
+    Reduction,
+    restore_keys,
+    restore_values,
+    unit_keys,
+    unit_values,
+)
 
 # Keys that lie further out, in units of the root mean square, are drawn in to there.
 REACH = 2.0
+
+# The kernel and the values of a fit, in units of the root mean squares of keys and values.
+_FITTING_RADIUS = 3.0
+_FITTING_GAIN = 10.0
 
 # Keys whose kernel with some marks is held at a time.
 _MOMENTS_BLOCK = 2048
@@ -41,6 +51,15 @@ class Geometry(NamedTuple):
         unit = unit_keys(self.reduction, keys.astype(self.radius.dtype))
         norms = jnp.sqrt(jnp.sum(jnp.square(unit), axis=-1, keepdims=True))
         return unit / jnp.maximum(norms, self.reach[..., None, None])
+
+    def restore_keys(self, keys: Float[Array, "*heads n d"]) -> Float[Array, "*heads n d"]:
+        """The inverse of :meth:`keys`, for those that were not drawn in."""
+        return restore_keys(self.reduction, self.reach[..., None, None] * keys)
+
+    def true_squares(self, keys: Float[Array, "*heads n d"]) -> Float[Array, "*heads n"]:
+        """Squared norms of raw keys in the units of this geometry, none of them drawn in."""
+        unit = unit_keys(self.reduction, keys.astype(self.radius.dtype))
+        return jnp.sum(jnp.square(unit / self.reach[..., None, None]), axis=-1)
 
     def moments(
         self,
@@ -104,6 +123,29 @@ def balancing_geometry(
     reach = jnp.minimum(REACH * spread, 1.0)
     gain = jnp.sqrt(default_value_weight(reduction))
     return Geometry(reduction, reach, radius * jnp.square(reach), gain)
+
+
+def fitting_geometry(
+    reduction: Reduction, kernel_radius: Float[Array, "*heads"] | None = None
+) -> Geometry:
+    r"""The geometry in which keys are chosen and moved for a refit.
+
+    .. math:: r = \min(\rho,\; 3 / \mathrm{mean}_i \|k_i\|^2), \qquad
+              \omega = 100 / \mathrm{mean}_i \|v_i\|^2
+
+    A fit has as many free numbers as it has columns to fit, and can afford a sharper kernel than a
+    balance. The denominator is the easiest of its columns, and hardly needs a say in where keys go.
+
+    Args:
+      reduction: the unit problem.
+      kernel_radius: the radius on unit keys ``[...]``; ``None`` means the one above.
+    """
+    spread = jnp.where(reduction.key_spread > 0, reduction.key_spread, 1.0)
+    if kernel_radius is None:
+        kernel_radius = jnp.minimum(reduction.rho, _FITTING_RADIUS / jnp.square(spread))
+    geometry = balancing_geometry(reduction, kernel_radius)
+    values = jnp.where(reduction.value_spread > 0, reduction.value_spread, 1.0)
+    return geometry._replace(value_gain=_FITTING_GAIN / values)
 
 
 def default_kernel_radius(reduction: Reduction) -> Float[Array, "*heads"]:

@@ -39,6 +39,19 @@ def exponential_kernel(
     return jnp.exp(radius * (inner_products(left_keys, right_keys) - 1.0))
 
 
+def gaussian_kernel(left: Float[Array, "a d"], right: Float[Array, "b d"]) -> Float[Array, "a b"]:
+    r"""The kernel :math:`e^{-\|x - y\|^2 / 2}`, one on equal keys: exponential, and normalised.
+
+    Args:
+      left: keys ``[a, d]``, scaled by the root of the kernel radius.
+      right: keys ``[b, d]``, likewise.
+    """
+    halves = [jnp.sum(jnp.square(keys), axis=-1) / 2 for keys in (left, right)]
+    # Rounding must not make it more than one.
+    exponents = inner_products(left, right) - halves[0][:, None] - halves[1][None]
+    return jnp.exp(jnp.minimum(exponents, 0))
+
+
 def simultaneous_gram(
     left_keys: Float[Array, "a d"],
     left_values: Float[Array, "a dv"],

@@ -26,12 +26,12 @@ def test_certified_and_half_of_it_is_not(heads, eps):
     assert size in [-(-COUNT // 2**level) for level in range(1, 10)]
     assert float(jnp.max(promise.error)) <= eps
     # The certificate is that of the coreset, and the coreset that of its size.
-    again = cj.compress(RNG, *heads, size=size, rho=1.0)
+    again = cj.balanced(rho=1.0)(RNG, *heads, size=size)
     np.testing.assert_array_equal(again.indices, coreset.indices)
     np.testing.assert_array_equal(certificate(*heads, again, rho=1.0).error, promise.error)
     found = adversary(RNG, *heads, coreset, rho=1.0, starts=8, steps=10)
     assert np.all(found.error <= promise.error)
-    half = cj.compress(RNG, *heads, size=-(-size // 2), rho=1.0)
+    half = cj.balanced(rho=1.0)(RNG, *heads, size=-(-size // 2))
     assert float(jnp.max(certificate(*heads, half, rho=1.0).error)) > eps
 
 
@@ -39,7 +39,7 @@ def test_out_of_reach_says_what_is_in_reach(heads):
     with pytest.raises(cj.OutOfReachError, match="out of reach") as refused:
         cj.compress(RNG, *heads, eps=1e-5, rho=1.0)
     smallest = refused.value.smallest
-    half = cj.compress(RNG, *heads, size=COUNT // 2, rho=1.0)
+    half = cj.balanced(rho=1.0)(RNG, *heads, size=COUNT // 2)
     assert smallest == float(jnp.max(certificate(*heads, half, rho=1.0).error))
     coreset, promise = cj.compress(RNG, *heads, eps=smallest, rho=1.0)
     assert coreset.indices.shape[-1] == COUNT // 2

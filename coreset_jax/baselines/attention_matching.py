@@ -15,19 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 from coreset_jax import validation
 from coreset_jax.attention import accumulation_dtype, default_scale
 from coreset_jax.coreset import Compressor, Coreset, gather, over_heads, whole_cache
-from coreset_jax.kernels import regularized_solve
+from coreset_jax.refit.samples import matched_log_weights, matched_values
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 # Queries whose scores over the whole cache are held at a time.
 _BLOCK = 128
-
-# Steps of a power iteration from ones. The matrices are positive: one singular value stands out.
-_POWER_STEPS = 20
-
-# Ridge of the first least squares, in roundings of the largest singular value: above the rounding
-# of scores, by which copies of a key differ.
-_ROUNDINGS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,62 +87,6 @@ def _ask(
     return _Answers(importance, maxima, totals, outputs)
 
 
-def _largest_square(matrix: Float[Array, "q m"]) -> Float[Array, ""]:
-    """The square of the largest singular value of a matrix without negative entries."""
-
-    def step(_: Array, direction: Array) -> Array:
-        image = jnp.matmul(matrix, direction, precision=HIGHEST)
-        direction = jnp.matmul(matrix.T, image, precision=HIGHEST)
-        return direction / jnp.maximum(jnp.linalg.norm(direction), jnp.finfo(matrix.dtype).tiny)
-
-    start = jnp.ones_like(matrix[0]) * matrix.shape[1] ** -0.5
-    direction = jax.lax.fori_loop(0, _POWER_STEPS, step, start)
-    return jnp.sum(jnp.square(jnp.matmul(matrix, direction, precision=HIGHEST)))
-
-
-def _orthogonal_solve(
-    matrix: Float[Array, "q m"], right: Float[Array, " q"], ridge: Float[Array, ""]
-) -> Float[Array, " m"]:
-    """Least squares with a ridge by a QR factor, which does not square the condition."""
-    eye = jnp.zeros_like(matrix, shape=(matrix.shape[1],) * 2) + jnp.eye(
-        matrix.shape[1], dtype=matrix.dtype
-    )
-    orthogonal, triangular = jnp.linalg.qr(jnp.concatenate([matrix, ridge * eye]))
-    image = jnp.matmul(right, orthogonal[: matrix.shape[0]], precision=HIGHEST)
-    return jax.scipy.linalg.solve_triangular(triangular, image)
-
-
-def _least_squares(
-    matrix: Float[Array, "q m"], right: Float[Array, " q"], ridge: Float[Array, ""]
-) -> Float[Array, " m"]:
-    # On CPU, LAPACK over a batch waits for the thread pool that it runs on; see kernels.py.
-    one_by_one = jax.custom_batching.sequential_vmap(_orthogonal_solve)
-    return jax.lax.platform_dependent(
-        matrix, right, ridge, cpu=one_by_one, default=_orthogonal_solve
-    )
-
-
-def _log_weights(
-    masses: Float[Array, "q m"], totals: Float[Array, " q"], options: Options
-) -> Float[Array, " m"]:
-    """Logarithms of weights with which the kept masses add up to the totals."""
-    square = _largest_square(masses)
-    ridge = _ROUNDINGS * jnp.finfo(masses.dtype).eps * jnp.sqrt(square)
-
-    def bounded(weights: Array) -> Array:
-        return jnp.clip(weights, jnp.exp(-options.bound), jnp.exp(options.bound))
-
-    def step(_: Array, weights: Array) -> Array:
-        missing = jnp.matmul(masses, weights, precision=HIGHEST) - totals
-        return bounded(weights - jnp.matmul(missing, masses, precision=HIGHEST) / square)
-
-    # Where no query sees any kept key the masses are zero.
-    square = jnp.where(square > 0, square, 1)
-    ridge = jnp.where(ridge > 0, ridge, 1)
-    start = bounded(_least_squares(masses, totals, ridge))
-    return jnp.log(jax.lax.fori_loop(0, options.steps, step, start))
-
-
 def _compress_head(
     rng: Array,
     keys: Float[Array, "n d"],
@@ -176,16 +113,11 @@ def _compress_head(
     coreset = gather(keys, values, jnp.where(kept < count, kept, -1), jnp.zeros((size,), dtype))
     scores = jnp.matmul(scaled, coreset.keys.astype(dtype).T, precision=HIGHEST)
     masses = jnp.exp(scores - answers.maxima[:, None])
-    log_weights = _log_weights(masses, answers.totals, options)
-
-    shares = jax.nn.softmax(scores + log_weights[None], axis=-1)
-    gram = jnp.matmul(shares.T, shares, precision=HIGHEST)
-    eye = jnp.zeros_like(gram) + jnp.eye(size, dtype=dtype)
-    fitted = regularized_solve(
-        gram + options.ridge * _largest_square(shares) * eye,
-        jnp.matmul(shares.T, answers.outputs, precision=HIGHEST),
-        float(jnp.finfo(dtype).eps),
+    log_weights = matched_log_weights(
+        masses, answers.totals, bound=options.bound, steps=options.steps
     )
+    shares = jax.nn.softmax(scores + log_weights[None], axis=-1)
+    fitted = matched_values(shares, answers.outputs, ridge=options.ridge)
     # A head no longer than this is kept whole.
     whole = length <= size
     finite = jnp.all(jnp.isfinite(queries))

@@ -25,8 +25,8 @@ class CacheConfig:
       scale: the softmax scale; ``None`` means ``1/sqrt(head_dim)``.
       compressor: compresses prompts, sample queries given, and halves blocks of what leaves the
         window, where there are none and it has to return a subset. ``None`` means
-        :func:`coreset_jax.refit.nystrom` of :func:`coreset_jax.compression.balanced` for prompts,
-        and balancing with feedback behind the window.
+        :func:`coreset_jax.fitted.fitted` for prompts, and balancing with feedback behind the
+        window.
       max_length: most tokens of one call; ``None`` for no limit.
 
     ``size == sinks + window + block_size`` leaves no room for a middle: older pairs are dropped.

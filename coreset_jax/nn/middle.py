@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coreset_jax import refit
 from coreset_jax import summary as summaries
-from coreset_jax.compression import balanced
+from coreset_jax.fitted import fitted
 from coreset_jax.nn.config import CacheConfig
 from coreset_jax.nn.grouped import grouped
 from coreset_jax.nn.stretch import Stretch
+from coreset_jax.refit.wrapper import heads_at_once
 from coreset_jax.sketch import Pairs
 from coreset_jax.summary import Summary
 
@@ -44,8 +44,7 @@ def compress(
     compressor = config.compressor
     if compressor is None:
         norm, scale = settings.query_norm, settings.scale
-        subset = balanced(query_norm=norm, scale=scale)
-        compressor = refit.nystrom(subset, query_norm=norm, scale=scale)
+        compressor = fitted(query_norm=norm, scale=scale)
     sample = None if queries is None else grouped(queries, kv_heads)
 
     # The same random key for every sequence: what it is batched with must not matter.
@@ -70,7 +69,7 @@ def compress(
         )
 
     # A few sequences after another: a refit holds a matrix of all pairs by all for every head.
-    at_once = max(refit.heads_at_once(config.middle) // kv_heads, 1)
+    at_once = max(heads_at_once(config.middle**2) // kv_heads, 1)
     if keys.shape[0] <= at_once:
         return jax.vmap(one_sequence)(keys, values, counts, sample)
     sequences = (keys, values, counts, sample)

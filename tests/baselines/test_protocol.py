@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from coreset_jax import balanced, baselines, refit, walks
+from coreset_jax import balanced, baselines, pivoted, refit, walks
 from coreset_jax.coreset import Compressor, whole_cache
 
 LEADING, COUNT, SIZE, WIDTH, VALUE_WIDTH = (2, 4), 40, 22, 8, 5
@@ -42,6 +42,10 @@ MAKERS = {
     ),
     "nystrom": lambda: refit.nystrom(baselines.uniform(), rho=2.0),
     "log_weights": lambda: refit.log_weights(baselines.uniform(), rho=2.0),
+    "pivoted": lambda: pivoted(rho=2.0),
+    "relocation": lambda: refit.relocation(baselines.uniform(), rho=2.0),
+    "matching": lambda: Asked(refit.matching(baselines.uniform(), rho=2.0)),
+    "matched": lambda: Asked(refit.attention_matching(baselines.uniform())),
     "streaming_llm": baselines.streaming_llm,
     "key_similarity": baselines.key_similarity,
     "top_attention": lambda: Asked(baselines.top_attention()),
@@ -58,16 +62,26 @@ MAKERS = {
 OTHER_VALUES = {
     "balance_kv",
     "nystrom",
+    "relocation",
+    "matching",
+    "matched",
     "kmeans",
     "wildcat",
     "attention_matching",
     "quantised",
 }
 # Weights that are fitted, and add up to the length only as well as they fit.
-OTHER_WEIGHTS = {"nystrom", "log_weights", "attention_matching"}
+OTHER_WEIGHTS = {
+    "nystrom",
+    "log_weights",
+    "relocation",
+    "matching",
+    "matched",
+    "attention_matching",
+}
 # JAX cannot yet vmap a while loop over an axis of an Explicit mesh. Under shard_map it can, which
 # tests/test_compression.py does.
-LOOPS = {"balanced", "nystrom", "log_weights", "attention_matching"}
+LOOPS = {"balanced", "pivoted", "attention_matching"} | OTHER_WEIGHTS
 # Methods that drop pairs with their mass, every one left with weight one.
 EVICTIONS = {
     "streaming_llm",
@@ -78,7 +92,7 @@ EVICTIONS = {
     "expected_attention",
 }
 # Keys that are not those of the source.
-OTHER_KEYS = {"kmeans", "quantised"}
+OTHER_KEYS = {"kmeans", "relocation", "quantised"}
 # Signed normalizers stand beside the weights.
 NORMALIZED = {"wildcat"}
 # Pairs are rounded, even where all of them are kept: by so much.
@@ -252,7 +266,7 @@ def test_second_call_does_not_retrace(name, cache, monkeypatch):
     compressor = MAKERS[name]()
     module = sys.modules[type(getattr(compressor, "informed", compressor)).__module__]
     chex.clear_trace_counter()
-    names = ("over_heads", "_refit_head", "_round_trip")
+    names = ("over_heads", "radii_of_heads", "_round_trip")
     traced = next(each for each in names if hasattr(module, each))
     limited = chex.assert_max_traces(getattr(module, traced), n=1)
     monkeypatch.setattr(module, traced, limited)

@@ -10,6 +10,7 @@ from coreset_jax import refit
 from coreset_jax.geometry import balancing_geometry
 from coreset_jax.guarantees import adversary
 from coreset_jax.problem import reduce
+from coreset_jax.refit import wrapper
 
 RNG = jax.random.key(0)
 COUNT, SIZE, WIDTH, VALUE_WIDTH = 60, 12, 5, 4
@@ -136,9 +137,9 @@ def test_heads_do_not_retrace_and_transform():
     keys, values = families(0)
     compressor = refit.nystrom(cj.balanced(block_size=8, landmarks=8), rho=2.0)
     expected = compressor(RNG, keys, values, size=SIZE)
-    before = refit._refit._cache_size()
+    before = wrapper._fit._cache_size()
     compressor(jax.random.key(5), keys + 1, values, size=SIZE)
-    assert refit._refit._cache_size() == before
+    assert wrapper._fit._cache_size() == before
     jitted = jax.jit(lambda rng, *pairs: compressor(rng, *pairs, size=SIZE))
     found = jitted(RNG, keys, values)
     np.testing.assert_array_equal(found.indices, expected.indices)
@@ -149,7 +150,7 @@ def test_heads_may_be_fitted_one_after_another(monkeypatch):
     keys, values = (array.reshape(2, 3, COUNT, -1) for array in families(0))
     compressor = refit.nystrom(cj.baselines.uniform(), rho=2.0)
     expected = compressor(RNG, keys, values, size=SIZE)
-    monkeypatch.setattr(refit, "_GRAM_ENTRIES", 2 * SIZE**2)
+    monkeypatch.setattr(wrapper, "_ENTRIES", 2 * SIZE**2)
     jax.clear_caches()
     found = compressor(RNG, keys, values, size=SIZE)
     jax.clear_caches()

@@ -1,20 +1,10 @@
-r"""Refits: other weights, or other weights and values, behind the keys that a compressor kept.
+r"""Projection: weights, or weights and values, that fit a coreset's keys to the whole cache.
 
 A coreset is a measure on few keys that should act like that of the whole cache. Which keys it has
 is one choice; what stands behind them is another, and a linear one: the error in the kernel
-:math:`E_{kl} = e^{r\langle k, l\rangle}` is quadratic in it, and has a smallest value. Refits wrap
-any compressor and are compressors themselves:
-
-    compressor = refit.nystrom(cj.balanced())
-    coreset = compressor(rng, keys, values, size=1024)
-
-They keep every weight positive, so that a refitted coreset is read, streamed and decoded like any
-other. They need no queries.
+:math:`E_{kl} = e^{r\langle k, l\rangle}` is quadratic in it, and has a smallest value.
 """
 
-import dataclasses
-import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -26,23 +16,16 @@ from coreset_jax import validation
 from coreset_jax.coreset import Compressor, Coreset
 from coreset_jax.geometry import Geometry, balancing_geometry
 from coreset_jax.kernels import exponential_kernel, regularized_solve
-from coreset_jax.problem import check_radius, radii_of_heads, radius_arrays, reduce
+from coreset_jax.problem import reduce
+from coreset_jax.refit.wrapper import refitted
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 # The kernel of a fit is half as sharp as that of a balance: what it cannot see it leaves alone.
 _KERNEL_RADIUS = 0.5
 
-# Entries of the Gram matrices that are held at a time.
-_GRAM_ENTRIES = 2**26
-
 # No weight falls below this share of what it was: pairs may fade, and never change sides.
 _LEAST_WEIGHT = 0.1
-
-
-def heads_at_once(size: int) -> int:
-    """Heads of ``size`` pairs whose Gram matrices may be held at a time."""
-    return max(_GRAM_ENTRIES // size**2, 1)
 
 
 class _Settings(NamedTuple):
@@ -89,8 +72,8 @@ def _refit_head(
     weights = jnp.where(held, jnp.exp(coreset.log_weights.astype(dtype)), 0)
 
     # Numerator and denominator, in the proportion in which a balance counts them.
-    source = _columns(geometry, values) * inside[:, None].astype(dtype)
-    columns = _columns(geometry, coreset.values)
+    source = columns_of(geometry, values) * inside[:, None].astype(dtype)
+    columns = columns_of(geometry, coreset.values)
     before = weights[:, None] * columns
     kernel = exponential_kernel(marks, marks, geometry.radius)
     kernel = jnp.where(held[:, None] & held[None], kernel, 0)
@@ -102,7 +85,7 @@ def _refit_head(
         after = before + regularized_solve(solvable, missing, settings.ridge)
         masses = jnp.maximum(after[:, -1], _LEAST_WEIGHT * weights)
         after = after.at[:, -1].set(masses)
-        refitted = geometry.restore_values(after[:, :-1] / jnp.where(held, masses, 1)[:, None])
+        fitted = geometry.restore_values(after[:, :-1] / jnp.where(held, masses, 1)[:, None])
     else:
         # The features of a pair are those of its key times those of its value and one.
         products = jnp.matmul(columns, columns.T, precision=HIGHEST)
@@ -111,7 +94,7 @@ def _refit_head(
         change = regularized_solve(gram, gap[:, None], settings.ridge)[:, 0]
         masses = jnp.maximum(weights + change, _LEAST_WEIGHT * weights)
         after = masses[:, None] * columns
-        refitted = coreset.values
+        fitted = coreset.values
 
     # Rounding, the ridge and the least weight may have made of the best fit a bad one; and where
     # nothing was dropped there is nothing to mend.
@@ -121,91 +104,21 @@ def _refit_head(
     dtypes = coreset.values.dtype, coreset.log_weights.dtype
     held_better = better & held
     return coreset._replace(
-        values=jnp.where(held_better[:, None], refitted.astype(dtypes[0]), coreset.values),
+        values=jnp.where(held_better[:, None], fitted.astype(dtypes[0]), coreset.values),
         log_weights=jnp.where(held_better, jnp.log(masses).astype(dtypes[1]), coreset.log_weights),
     )
 
 
-def _columns(geometry: Geometry, values: Float[Array, "n dv"]) -> Float[Array, "n dv1"]:
+def columns_of(geometry: Geometry, values: Float[Array, "n dv"]) -> Float[Array, "n dv1"]:
     """``[values, 1]`` in the geometry."""
     scaled = geometry.values(values)
     return jnp.concatenate([scaled, jnp.ones_like(scaled[:, :1])], axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-def _refit(
-    keys: Float[Array, "*heads n d"],
-    values: Float[Array, "*heads n dv"],
-    lengths: Int[Array, "*heads"] | None,
-    coreset: Coreset,
-    rho: Array | None,
-    query_norm: Array | None,
-    queries: Float[Array, "*heads q d"] | None,
-    kernel_radius: Array | None,
-    *,
-    settings: _Settings,
-) -> Coreset:
-    one_head = functools.partial(_refit_head, settings=settings)
-    rho, query_norm, kernel_radius = radii_of_heads(keys, values, rho, query_norm, kernel_radius)
-    counts = jnp.zeros_like(keys[..., 0, 0], jnp.int32) + (
-        keys.shape[-2] if lengths is None else jnp.asarray(lengths).astype(jnp.int32)
-    )
-    arguments = (keys, values, counts, coreset, rho, query_norm, queries, kernel_radius)
-    leading, size = keys.shape[:-2], coreset.keys.shape[-2]
-    at_once = heads_at_once(size)
-    if math.prod(leading) <= at_once:
-        for _ in leading:
-            one_head = jax.vmap(one_head)
-        return one_head(*arguments)
-    # A few heads after another: their Gram matrices would not fit.
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(leading) :]), arguments)
-    refitted = jax.lax.map(lambda each: one_head(*each), flat, batch_size=at_once)
-    return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[1:]), refitted)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Refitted:
-    compressor: Compressor
-    rho: ArrayLike | None
-    query_norm: ArrayLike | None
-    kernel_radius: ArrayLike | None
-    settings: _Settings
-
-    def __call__(
-        self,
-        rng: Array,
-        keys: Float[Array, "*heads n d"],
-        values: Float[Array, "*heads n dv"],
-        *,
-        size: int,
-        lengths: Int[Array, "*heads"] | None = None,
-        queries: Float[Array, "*heads q d"] | None = None,
-    ) -> Coreset:
-        validation.check_cache(keys, values)
-        validation.check_size(size)
-        validation.check_lengths(lengths, keys)
-        check_radius(keys, self.rho, self.query_norm, queries, self.settings.scale)
-        validation.check_positive("kernel_radius", self.kernel_radius, keys.shape[:-2])
-        coreset = self.compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)
-        if coreset.normalizers is not None:
-            raise ValueError("compressor must return a coreset without normalizers to be refitted.")
-        if size >= keys.shape[-2]:
-            return coreset
-        rho, query_norm, kernel_radius = radius_arrays(
-            keys, values, self.rho, self.query_norm, self.kernel_radius
-        )
-        given = rho is not None or query_norm is not None
-        return _refit(
-            keys,
-            values,
-            lengths,
-            coreset,
-            rho,
-            query_norm,
-            None if given else queries,
-            kernel_radius,
-            settings=self.settings,
-        )
+def _matrix(count: int, size: int) -> int:
+    """Entries of the Gram matrix of the kept keys."""
+    del count
+    return size**2
 
 
 def _refitted(
@@ -218,12 +131,19 @@ def _refitted(
     *,
     values: bool,
 ) -> Compressor:
-    if not callable(compressor):
-        raise ValueError(f"compressor must be callable, got {compressor!r}.")
-    scale = validation.static_float("scale", scale)
-    ridge = validation.static_float("ridge", ridge)
-    settings = _Settings(scale, ridge, values)
-    return _Refitted(compressor, rho, query_norm, kernel_radius, settings)
+    settings = _Settings(
+        validation.static_float("scale", scale), validation.static_float("ridge", ridge), values
+    )
+    return refitted(
+        compressor,
+        _refit_head,
+        settings,
+        _matrix,
+        rho=rho,
+        query_norm=query_norm,
+        kernel_radius=kernel_radius,
+        scale=scale,
+    )
 
 
 def nystrom(

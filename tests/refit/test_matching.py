@@ -1,0 +1,340 @@
+"""Matching: the formulas, never worse for the samples, and better for other queries as well."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import coreset_jax as cj
+from coreset_jax import refit
+from coreset_jax.refit import samples
+
+RNG = jax.random.key(0)
+COUNT, SIZE, WIDTH, VALUE_WIDTH = 60, 12, 5, 4
+REFITS = {"matching": refit.matching, "attention_matching": refit.attention_matching}
+
+
+def given(coreset):
+    """A compressor that has made up its mind."""
+    return lambda rng, keys, values, **options: coreset
+
+
+def attend(queries, keys, values, log_weights, scale):
+    """Weighted attention, and logarithms of the denominators, in float64."""
+    queries, keys, values = (np.asarray(array, np.float64) for array in (queries, keys, values))
+    with np.errstate(invalid="ignore"):
+        scores = scale * queries @ keys.T + np.asarray(log_weights, np.float64)
+    top = scores.max(axis=-1, keepdims=True)
+    masses = np.exp(scores - top)
+    totals = masses.sum(axis=-1, keepdims=True)
+    return masses @ values / totals, top + np.log(totals)
+
+
+def miss(queries, keys, values, coreset, scale=WIDTH**-0.5):
+    """Mean squared error of a coreset of one head over some queries."""
+    exact, _ = attend(queries, keys, values, np.zeros(len(keys)), scale)
+    heard, _ = attend(queries, *coreset[:3], scale)
+    return np.mean(np.sum((heard - exact) ** 2, axis=-1))
+
+
+def corrected(queries, keys, values, coreset, scale, strength):
+    """Columns of a head by the formulas: log-weights that sum to the length, and values."""
+    queries, keys, values = (np.asarray(array, np.float64) for array in (queries, keys, values))
+    marks = np.asarray(coreset.keys, np.float64)
+    weights = np.exp(np.asarray(coreset.log_weights, np.float64))[:, None]
+    # The geometry of the fit.
+    norms = np.linalg.norm(keys - keys.mean(axis=0), axis=1)
+    spread = np.sqrt(np.mean(norms**2))
+    rho = scale * norms.max() * np.linalg.norm(queries, axis=1).max()
+    radius = min(rho / norms.max() ** 2, 3 / spread**2)
+    centered = np.sqrt(radius) * (marks - keys.mean(axis=0))
+    lift = np.exp(np.sum(centered**2, axis=1) / 2)[:, None]
+    lengths = np.linalg.norm(centered, axis=1, keepdims=True)
+    drawn_in = centered / np.maximum(1, lengths / (2 * np.sqrt(radius) * spread))
+    kernel = np.exp(-np.sum((drawn_in[:, None] - drawn_in) ** 2, axis=-1) / 2)
+
+    exact, totals = attend(queries, keys, values, np.zeros(len(keys)), scale)
+    outputs = exact - values.mean(axis=0)
+    shares = np.exp(scale * queries @ marks.T - totals) / lift.T
+    masses = shares @ (lift * weights)
+    weights = weights * masses.sum() / np.sum(masses**2)
+    numerator = lift * weights * (np.asarray(coreset.values, np.float64) - values.mean(axis=0))
+    price = strength * np.trace(shares.T @ shares) / np.trace(kernel) * kernel
+    inverse = np.linalg.inv(shares.T @ shares + price) @ shares.T
+    after = lift * weights + inverse @ (1 - shares @ (lift * weights))
+    after = np.maximum(after, 0.1 * lift * np.minimum(weights, weights.mean()))
+    numerator = numerator + inverse @ ((shares @ after) * outputs - shares @ numerator)
+    fitted = numerator / after + values.mean(axis=0)
+    return np.log(after / lift * len(keys) / np.sum(after / lift))[:, 0], fitted
+
+
+def draw(seed=0, count=COUNT, samples=40):
+    """A head and samples of queries, in float64."""
+    rng = np.random.default_rng(seed)
+    keys = rng.standard_normal((count, WIDTH)) + 0.5
+    return keys, rng.standard_normal((count, VALUE_WIDTH)), rng.standard_normal((samples, WIDTH))
+
+
+@pytest.mark.parametrize("start", ["relocation", "uniform"])
+@pytest.mark.parametrize("strength", [0.05, 0.3, 3.0])
+def test_columns_are_those_of_the_formulas(start, strength, x64):
+    starts = {"relocation": refit.relocation(cj.pivoted()), "uniform": cj.baselines.uniform()}
+    keys, values, queries = draw(1)
+    # One far out, which the kernel draws in.
+    keys[7] *= 4
+    first = starts[start](RNG, jnp.asarray(keys), jnp.asarray(values), size=SIZE)
+    for dtype, tolerance in ((np.float64, 1e-8), (np.float32, 3e-2)):
+        head = [jnp.asarray(array, dtype) for array in (keys, values, queries)]
+        before = cj.Coreset(*(jnp.asarray(array, dtype) for array in first[:3]), first.indices)
+        compressor = refit.matching(given(before), strength=strength, scale=0.6)
+        after = compressor(RNG, *head[:2], size=SIZE, queries=head[2])
+        log_weights, fitted = corrected(head[2], *head[:2], before, 0.6, strength)
+        np.testing.assert_array_equal(after.keys, before.keys)
+        np.testing.assert_allclose(after.log_weights, log_weights, atol=tolerance)
+        np.testing.assert_allclose(after.values, fitted, atol=tolerance * np.abs(fitted).max())
+
+
+def test_plain_matching_is_the_baseline_behind_its_keys(x64):
+    keys, values, queries = map(jnp.asarray, draw(2))
+    expected = cj.baselines.attention_matching()(RNG, keys, values, size=SIZE, queries=queries)
+    kept = cj.coreset.gather(keys, values, expected.indices, jnp.zeros(SIZE))
+    found = refit.attention_matching(given(kept))(RNG, keys, values, size=SIZE, queries=queries)
+    for name in ("keys", "values", "log_weights"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-8)
+
+
+def families(seed):
+    """Heads of all sorts: plain, repeated, of low rank, heavy-tailed, of one key, mute, of one."""
+    rng = np.random.default_rng(seed)
+    keys = rng.standard_normal((8, COUNT, WIDTH))
+    values = rng.standard_normal((8, COUNT, VALUE_WIDTH))
+    keys[1] = keys[1][rng.integers(0, 5, COUNT)]
+    keys[2] = keys[2][:, :1] * np.ones(WIDTH)
+    keys[3] *= rng.standard_cauchy((COUNT, 1))
+    keys[4] = 1.0
+    values[5] = 0.0
+    keys[6], values[6] = keys[0, 0], values[0, 0]
+    values[7] *= rng.standard_cauchy((COUNT, 1))
+    return jnp.asarray(keys, jnp.float32), jnp.asarray(values, jnp.float32)
+
+
+@pytest.mark.parametrize("name", REFITS)
+@pytest.mark.parametrize("size", [1, SIZE])
+def test_never_worse_for_the_samples(name, size):
+    starts = [cj.baselines.uniform(), cj.baselines.streaming_llm(), refit.relocation(cj.pivoted())]
+    gained = 0
+    for seed, (start, count) in enumerate(zip(starts, (5, 1, 80), strict=True)):
+        keys, values = families(seed)
+        queries = jax.random.normal(jax.random.key(seed), (len(keys), count, WIDTH))
+        before = start(RNG, keys, values, size=size, queries=queries)
+        after = REFITS[name](given(before))(RNG, keys, values, size=size, queries=queries)
+        assert np.all(np.isfinite(after.values))
+        assert np.all(np.isfinite(after.log_weights))
+        np.testing.assert_array_equal(after.keys, before.keys)
+        np.testing.assert_array_equal(after.indices, before.indices)
+        for head in range(len(keys)):
+            pairs = queries[head], keys[head], values[head]
+            first, second = (
+                miss(*pairs, cj.Coreset(*(array[head] for array in each[:4])))
+                for each in (before, after)
+            )
+            # Up to the rounding of float32.
+            assert second <= first * (1 + 1e-3) + 1e-10 * np.max(np.square(values[head]))
+            gained += second < 0.9 * first
+    assert gained >= (12 if size > 1 else 6)
+
+
+def test_a_large_strength_leaves_the_columns():
+    keys, values, queries = (jnp.asarray(array, jnp.float32) for array in draw(3))
+    start = refit.relocation(cj.pivoted())
+    before = start(RNG, keys, values, size=SIZE, queries=queries)
+    compressor = refit.matching(given(before), strength=1e6)
+    after = compressor(RNG, keys, values, size=SIZE, queries=queries)
+    expected = before.log_weights + np.log(COUNT / np.exp(before.log_weights).sum())
+    np.testing.assert_allclose(after.log_weights, expected, atol=1e-4)
+    np.testing.assert_allclose(after.values, before.values, atol=1e-4)
+
+
+def test_a_common_factor_of_the_weights_is_not_seen():
+    keys, values, queries = (jnp.asarray(array, jnp.float32) for array in draw(4))
+    before = cj.baselines.uniform()(RNG, keys, values, size=SIZE)
+    light = before._replace(log_weights=before.log_weights - 5)
+    first, second = (
+        refit.matching(given(each))(RNG, keys, values, size=SIZE, queries=queries)
+        for each in (before, light)
+    )
+    np.testing.assert_allclose(first.log_weights, second.log_weights, atol=1e-4)
+    np.testing.assert_allclose(np.exp(second.log_weights).sum(), COUNT, rtol=1e-5)
+
+
+def asked(seed, far):
+    """Clusters of keys; with some far out, on which attention is sharp."""
+    rng = np.random.default_rng(seed)
+    centers = rng.standard_normal((8, 16))
+    keys = centers[rng.integers(0, 8, 1024)] + 0.6 * rng.standard_normal((1024, 16))
+    values = rng.standard_normal((1024, 16)) + keys @ rng.standard_normal((16, 16)) / 4
+    if far:
+        keys[rng.choice(1024, 20, replace=False)] *= 3
+    queries = rng.standard_normal((2, 512, 16))
+    return tuple(jnp.asarray(array, jnp.float32) for array in (keys, values, *queries))
+
+
+@pytest.mark.parametrize(
+    ("far", "count", "most"),
+    [(False, 16, 1.02), (False, 64, 0.96), (False, 512, 0.88), (True, 512, 0.96)],
+)
+def test_better_for_queries_that_are_no_samples(far, count, most):
+    start = refit.relocation(cj.pivoted())
+    ratios = []
+    for seed in range(2):
+        keys, values, sample, fresh = asked(seed, far)
+        sample = sample[:count]
+        before = start(RNG, keys, values, size=64, queries=sample)
+        heard = [
+            miss(fresh, keys, values, compressor(RNG, keys, values, size=64, queries=sample), 0.25)
+            for compressor in (
+                refit.matching(given(before)),
+                refit.attention_matching(given(before)),
+            )
+        ]
+        ratios.append(np.sqrt(np.array(heard) / miss(fresh, keys, values, before, 0.25)))
+    matched, plain = np.mean(ratios, axis=0)
+    assert matched < most
+    # With as many samples as pairs or fewer, they alone do not say enough.
+    assert plain > (2 if count <= 64 else 1) * matched
+
+
+def coreset_of(head, coreset):
+    return cj.Coreset(*(array[head] for array in coreset[:4]))
+
+
+@pytest.mark.parametrize("name", REFITS)
+def test_ragged_heads_are_heads_of_their_own(name):
+    keys, values = jax.random.normal(RNG, (2, 4, COUNT, WIDTH))
+    queries = jax.random.normal(jax.random.key(1), (4, 30, WIDTH))
+    lengths = jnp.array([COUNT, 40, SIZE, 5])
+    inside = (jnp.arange(COUNT) < lengths[:, None])[..., None]
+    dirty = [jnp.where(inside, array, jnp.nan) for array in (keys, values)]
+    before = cj.baselines.streaming_llm()(RNG, *dirty, size=SIZE, lengths=lengths)
+    compressor = REFITS[name](given(before))
+    after = compressor(RNG, *dirty, size=SIZE, lengths=lengths, queries=queries)
+    np.testing.assert_array_equal(after.keys, before.keys)
+    # Padding leaves no trace.
+    clean = compressor(RNG, keys, values, size=SIZE, lengths=lengths, queries=queries)
+    jax.tree.map(np.testing.assert_array_equal, after, clean)
+    for head, length in enumerate(np.asarray(lengths)):
+        single = coreset_of(head, before)
+        if length <= SIZE:
+            # What is kept whole stays as it is, and empty slots stay empty.
+            jax.tree.map(np.testing.assert_array_equal, coreset_of(head, after), single)
+            continue
+        found = REFITS[name](given(single))(
+            RNG, keys[head, :length], values[head, :length], size=SIZE, queries=queries[head]
+        )
+        assert not np.array_equal(found.log_weights, single.log_weights)
+        np.testing.assert_allclose(after.log_weights[head], found.log_weights, atol=2e-3)
+        np.testing.assert_allclose(after.values[head], found.values, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", REFITS)
+def test_empty_slots_stay_empty(name):
+    keys, values, queries = (jnp.asarray(array, jnp.float32) for array in draw(5))
+    indices = jnp.array([3, 9, 20, 41, -1, -1])
+    before = cj.coreset.gather(keys, values, indices, jnp.full(6, jnp.log(15.0)))
+    narrow = cj.Coreset(*(array[:4] for array in before[:4]))
+    after, alone = (
+        REFITS[name](given(each))(RNG, keys, values, size=6, queries=queries)
+        for each in (before, narrow)
+    )
+    assert np.all(np.isneginf(after.log_weights[4:]))
+    assert not np.any(after.values[4:])
+    assert not np.array_equal(after.log_weights[:4], before.log_weights[:4])
+    np.testing.assert_allclose(after.values[:4], alone.values, atol=2e-3)
+
+
+def test_half_precision():
+    keys, values = jax.random.normal(RNG, (2, 2, 400, 8)).astype(jnp.bfloat16)
+    queries = jax.random.normal(jax.random.key(3), (2, 2, 100, 8)).astype(jnp.bfloat16)
+    before = refit.relocation(cj.pivoted())(RNG, keys, values, size=40)
+    after = refit.matching(given(before))(RNG, keys, values, size=40, queries=queries[0])
+    assert after.keys.dtype == after.values.dtype == jnp.bfloat16
+    assert after.log_weights.dtype == jnp.float32
+    np.testing.assert_array_equal(after.keys.view(jnp.uint16), before.keys.view(jnp.uint16))
+    for head in range(2):
+        first, second = (
+            miss(queries[0, head], keys[head], values[head], coreset_of(head, each), 8**-0.5)
+            for each in (before, after)
+        )
+        assert second < 0.9 * first
+
+
+@pytest.mark.parametrize("name", REFITS)
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_samples_that_are_no_numbers_show(name, bad):
+    keys, values = jax.random.normal(RNG, (2, 2, COUNT, WIDTH))
+    queries = jnp.ones((2, 3, WIDTH)).at[1, 2, 0].set(bad)
+    compressor = REFITS[name](cj.baselines.uniform())
+    coreset = compressor(RNG, keys, values, size=SIZE, queries=queries)
+    assert np.all(np.isfinite(coreset.log_weights[0]))
+    assert np.all(np.isnan(coreset.log_weights[1]))
+
+
+def test_the_cache_is_asked_in_blocks(monkeypatch):
+    keys, values, queries = (jnp.asarray(array, jnp.float32) for array in draw(6))
+    compressor = refit.matching(cj.baselines.uniform())
+    expected = compressor(RNG, keys, values, size=SIZE, queries=queries)
+    # Blocks of seven pairs, the last one not full.
+    monkeypatch.setattr(samples, "_SCORES", 7 * len(queries))
+    jax.clear_caches()
+    found = compressor(RNG, keys, values, size=SIZE, queries=queries)
+    jax.clear_caches()
+    np.testing.assert_allclose(found.log_weights, expected.log_weights, atol=1e-4)
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", REFITS)
+def test_one_trace_for_equal_shapes(name):
+    chex.clear_trace_counter()
+
+    def once(rng, keys, values, queries):
+        return REFITS[name](cj.baselines.uniform())(rng, keys, values, size=9, queries=queries)
+
+    compress = jax.jit(chex.assert_max_traces(once, n=1))
+    for seed in range(2):
+        pairs = jax.random.normal(jax.random.key(seed), (3, 2, COUNT, WIDTH))
+        compress(jax.random.key(seed), *pairs)
+
+
+@pytest.mark.parametrize("name", REFITS)
+def test_bad_calls_are_refused(name):
+    keys, values = jnp.ones((2, 40, 4))
+    compressor = REFITS[name](cj.baselines.uniform())
+    for queries, message in [
+        (None, "queries must be given"),
+        (keys[:0], "queries must be given"),
+        (keys[:, :3], "queries must have the width"),
+        (keys[None], "queries must have the rank"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compressor(RNG, keys, values, size=8, queries=queries)
+    with pytest.raises(ValueError, match="normalizers"):
+        REFITS[name](cj.baselines.wildcat())(RNG, keys, values, size=8, queries=keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("matching", {"strength": 0.0}, "strength must be positive"),
+        ("matching", {"strength": float("nan")}, "strength must be finite"),
+        ("matching", {"scale": -1.0}, "scale must be positive"),
+        ("attention_matching", {"ridge": 0.0}, "ridge must be positive"),
+        ("attention_matching", {"bound": -1.0}, "bound must be positive"),
+        ("attention_matching", {"steps": 1.5}, "steps must be a static Python int"),
+    ],
+)
+def test_bad_options_are_refused(name, option, message):
+    with pytest.raises(ValueError, match=message):
+        REFITS[name](cj.balanced(), **option)
+    with pytest.raises(ValueError, match="compressor must be callable"):
+        REFITS[name](None)

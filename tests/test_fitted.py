@@ -1,0 +1,103 @@
+"""The default: what compress does, by whichever arguments it is asked, and what it is worth."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import coreset_jax as cj
+from coreset_jax.coreset import whole_cache
+
+RNG = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def cache():
+    return jax.random.normal(jax.random.key(1), (2, 3, 120, 8))
+
+
+def test_compress_is_fitted_with_its_defaults(cache):
+    lengths = jnp.array([120, 60, 5])
+    known = {"rho": 2.0, "scale": 0.5}
+    expected = cj.fitted(**known)(RNG, *cache, size=12, lengths=lengths)
+    coreset = cj.compress(RNG, *cache, size=12, lengths=lengths, **known)
+    chex.assert_trees_all_equal(coreset, expected)
+    np.testing.assert_allclose(np.exp(coreset.log_weights).sum(axis=-1), lengths, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 40, 79, 119, 120, 130])
+def test_any_size(cache, size):
+    coreset = cj.fitted()(RNG, *cache, size=size)
+    if size >= 120:
+        chex.assert_trees_all_equal(coreset, whole_cache(*cache))
+        return
+    assert coreset.keys.shape == (3, size, 8)
+    assert bool(jnp.all(jnp.isfinite(coreset.values)))
+    np.testing.assert_allclose(np.exp(coreset.log_weights).sum(axis=-1), 120, rtol=1e-6)
+    assert np.all(np.diff(coreset.indices, axis=-1) > 0)
+
+
+def test_sample_queries_are_matched(cache):
+    keys, values = cache
+    queries = 2 * jax.random.normal(jax.random.key(2), (3, 200, 8))
+    exact = cj.attention(queries, keys, values)
+
+    def miss(coreset):
+        return float(jnp.mean(jnp.linalg.norm(cj.attend(queries, coreset) - exact, axis=-1)))
+
+    blind = cj.fitted(query_norm=8.0)(RNG, keys, values, size=12)
+    matched = cj.fitted(query_norm=8.0)(RNG, keys, values, size=12, queries=queries)
+    np.testing.assert_array_equal(matched.keys, blind.keys)
+    assert miss(matched) < 0.95 * miss(blind)
+
+
+def test_half_the_error_of_the_subset():
+    """Clustered keys, on queries that nobody was shown."""
+    rng = jax.random.split(RNG, 5)
+    centers = jax.random.normal(rng[0], (16, 32))
+    keys = centers[jax.random.randint(rng[1], (2048,), 0, 16)]
+    keys = keys + 0.3 * jax.random.normal(rng[2], (2048, 32))
+    values = jax.random.normal(rng[3], (2048, 32)) + keys
+    queries = jax.random.normal(rng[4], (200, 32))
+    exact = cj.attention(queries, keys, values)
+
+    def miss(compressor, size):
+        coreset = compressor(RNG, keys, values, size=size)
+        return float(jnp.mean(jnp.linalg.norm(cj.attend(queries, coreset) - exact, axis=-1)))
+
+    for size, share in ((64, 0.7), (256, 1.1)):
+        assert miss(cj.fitted(), size) < 0.5 * miss(cj.balanced(), size)
+        assert miss(cj.fitted(), size) < share * miss(cj.baselines.wildcat(), size)
+
+
+def test_a_head_knows_nothing_of_the_others(cache):
+    keys, values = cache
+    coreset = cj.fitted()(RNG, keys, values, size=12)
+    other = cj.fitted()(RNG, keys.at[1].add(1.0).at[1, 3].mul(2), values, size=12)
+    for place in (0, 2):
+        np.testing.assert_allclose(coreset.keys[place], other.keys[place], atol=1e-5)
+        np.testing.assert_array_equal(coreset.indices[place], other.indices[place])
+
+
+def test_bad_input_is_refused(cache):
+    keys, values = cache
+    with pytest.raises(ValueError, match="steps"):
+        cj.fitted(steps=-1)
+    with pytest.raises(ValueError, match="most"):
+        cj.fitted(most=0)
+    with pytest.raises(ValueError, match="rho and query_norm"):
+        cj.fitted(rho=1.0, query_norm=1.0)(RNG, keys, values, size=4)
+    with pytest.raises(ValueError, match="queries"):
+        cj.fitted()(RNG, keys, values, size=4, queries=keys[:2])
+    with pytest.raises(ValueError, match="lengths"):
+        cj.fitted()(RNG, keys, values, size=4, lengths=jnp.array([1, 2]))
+
+
+@pytest.mark.parametrize("wrong", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_says_so(cache, wrong):
+    keys, values = cache
+    for broken in ((keys.at[1, 7, 2].set(wrong), values), (keys, values.at[1, 7, 2].set(wrong))):
+        coreset = cj.fitted()(RNG, *broken, size=12)
+        assert bool(jnp.all(jnp.isnan(coreset.log_weights[1])))
+        assert bool(jnp.all(jnp.isfinite(coreset.log_weights[0])))

@@ -1,0 +1,144 @@
+"""Pivots: heavy pairs are held, and the others reach what a float64 factor says they should."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import coreset_jax as cj
+from coreset_jax import pivots
+
+RNG = jax.random.key(0)
+
+
+def residuals(keys, picked):
+    """What pivots leave of the diagonal of their Gaussian kernel, in float64."""
+    keys = np.asarray(keys, np.float64)
+    squares = np.sum((keys[:, None] - keys[None]) ** 2, axis=-1)
+    kernel = np.exp(-squares / 2)
+    corner = kernel[np.ix_(picked, picked)] + 1e-10 * np.eye(len(picked))
+    return 1 - np.sum(kernel[picked] * np.linalg.solve(corner, kernel[picked]), axis=0)
+
+
+def certain_by_hand(importance, size):
+    """Those of a threshold sample that are held for certain, one after another."""
+    shares = np.exp(np.asarray(importance, np.float64))
+    held = np.zeros(len(shares), bool)
+    for index in np.argsort(-shares, kind="stable"):
+        left = size - held.sum()
+        if held.sum() >= 3 * size // 4 or shares[index] * left < shares[~held].sum():
+            break
+        held[index] = True
+    return held
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("size", [1, 4, 10, 40])
+def test_heavy_pairs_are_those_of_a_threshold_sample(spread, size):
+    importance = spread * np.random.default_rng(size).standard_normal(60).astype(np.float32)
+    found = np.asarray(pivots.heavy_pairs(jnp.asarray(importance), size))
+    np.testing.assert_array_equal(found, certain_by_hand(importance, size))
+
+
+def test_padding_is_never_heavy():
+    importance = jnp.where(jnp.arange(20) < 3, jnp.arange(20.0), -jnp.inf)
+    found = np.asarray(pivots.heavy_pairs(importance, 16))
+    assert not found[3:].any()
+
+
+def draw(keys, importance, target, size, seed=0):
+    target = jnp.asarray(target, jnp.int32)
+    drawn = pivots.cholesky_pivots(
+        jax.random.key(seed), keys, importance, target, size=size, block=8
+    )
+    return np.asarray(drawn)
+
+
+def test_pivots_are_distinct_and_reach_further_than_a_sample():
+    keys = jax.random.normal(RNG, (300, 3))
+    ours, samples = [], []
+    for seed in range(8):
+        drawn = draw(keys, jnp.zeros(300), 40, 40, seed)
+        assert len(set(drawn.tolist())) == 40
+        assert drawn.min() >= 0
+        ours.append(residuals(keys, drawn).sum())
+        sample = np.random.default_rng(seed).permutation(300)[:40]
+        samples.append(residuals(keys, sample).sum())
+    # One at a time, in float64, with the same probabilities.
+    exact = [residuals(keys, one_by_one(keys, 40, seed)).sum() for seed in range(8)]
+    assert np.mean(ours) < 0.95 * np.mean(samples)
+    assert np.mean(ours) < 1.05 * np.mean(exact)
+
+
+def one_by_one(keys, size, seed):
+    rng, picked = np.random.default_rng(seed), []
+    for _ in range(size):
+        left = np.ones(len(keys)) if not picked else np.maximum(residuals(keys, picked), 0)
+        left[picked] = 0
+        picked.append(int(rng.choice(len(keys), p=left / left.sum())))
+    return picked
+
+
+def test_copies_are_not_drawn_twice():
+    keys = jnp.repeat(jax.random.normal(RNG, (12, 4)), 10, axis=0)
+    drawn = draw(keys, jnp.zeros(120), 40, 40)
+    held = drawn[drawn >= 0]
+    assert sorted(set((held // 10).tolist())) == list(range(12))
+    assert len(held) == 12
+    np.testing.assert_array_equal(drawn[12:], -1)
+
+
+def test_what_has_no_importance_is_not_drawn():
+    keys = jax.random.normal(RNG, (50, 4))
+    importance = jnp.where(jnp.arange(50) % 2 == 0, 0.0, -jnp.inf)
+    drawn = draw(keys, importance, 20, 30)
+    assert np.all(drawn[:20] % 2 == 0)
+    np.testing.assert_array_equal(drawn[20:], -1)
+
+
+def test_a_key_far_out_is_kept():
+    keys, values = jax.random.normal(RNG, (2, 400, 8))
+    keys = keys.at[jnp.array([7, 123, 399])].mul(6)
+    coreset = cj.pivoted()(RNG, keys, values, size=20)
+    assert {7, 123, 399} <= set(np.asarray(coreset.indices).tolist())
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 63, 64, 65, 128, 199])
+def test_any_size_is_a_weighted_subset(size):
+    keys, values = jax.random.normal(RNG, (2, 3, 200, 5))
+    lengths = jnp.array([200, 70, 1])
+    compressor = cj.pivoted(bin_size=32)
+    coreset = compressor(RNG, keys, values, size=size, lengths=lengths)
+    for head, length in enumerate(np.asarray(lengths)):
+        kept = min(size, length)
+        indices = np.asarray(coreset.indices[head])
+        np.testing.assert_array_equal(indices[kept:], -1)
+        assert np.all(np.diff(indices[:kept]) > 0)
+        assert indices[kept - 1] < length
+        np.testing.assert_array_equal(coreset.keys[head][:kept], keys[head][indices[:kept]])
+        np.testing.assert_allclose(np.exp(coreset.log_weights[head]).sum(), length, rtol=1e-6)
+
+
+def test_padding_may_hold_anything():
+    keys, values = jax.random.normal(RNG, (2, 100, 5))
+    compressor = cj.pivoted()
+    clean = compressor(RNG, keys, values, size=10, lengths=jnp.asarray(60))
+    dirty = [array.at[60:].set(jnp.nan) for array in (keys, values)]
+    found = compressor(RNG, *dirty, size=10, lengths=jnp.asarray(60))
+    np.testing.assert_array_equal(found.indices, clean.indices)
+    assert bool(jnp.all(jnp.isfinite(found.log_weights)))
+
+
+def test_a_nan_says_so():
+    keys, values = jax.random.normal(RNG, (2, 2, 100, 5))
+    coreset = cj.pivoted()(RNG, keys.at[0, 3, 1].set(jnp.nan), values, size=10)
+    assert bool(jnp.all(jnp.isnan(coreset.log_weights[0])))
+    assert bool(jnp.all(jnp.isfinite(coreset.log_weights[1])))
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ValueError, match="bin_size"):
+        cj.pivoted(bin_size=0)
+    keys, values = jnp.ones((2, 10, 4))
+    with pytest.raises(ValueError, match="rho"):
+        cj.pivoted(rho=-1.0)(RNG, keys, values, size=2)
