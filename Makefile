@@ -16,7 +16,7 @@ PYTEST := $(RUN) -m pytest --numprocesses=auto --dist=worksteal
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help install demo decode sweep laws lower-bound feasibility bench test test-slow test-all test-oldest test-clients lint format \
-	hooks wheel clean distclean
+	hooks wheel clean distclean leaderboard
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,9 @@ demo: $(INSTALLED) ## compress the caches of the shipped model, compare methods,
 
 decode: $(INSTALLED) ## what the model loses when it decodes over compressed caches; resumes
 	$(RUN) -m experiments.decode --config=configs/decode.py $(ARGS)
+
+leaderboard: $(INSTALLED) ## every method of the library on caches of the shipped model; resumes
+	$(RUN) -m experiments.leaderboard --config=configs/leaderboard.py $(ARGS)
 
 sweep: $(INSTALLED) ## measure the error over radius, width and size; resumes where it stopped
 	$(RUN) -m experiments.sweep --config=configs/sweep.py $(ARGS)

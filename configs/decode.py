@@ -27,7 +27,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
     # The files to read: "heldout" for figures, "train" to tune.
     config.split = "heldout"
     config.seed = 0
-    config.methods = ("window", "uniform", "balance_kv", "balanced", "refitted")
+    config.methods = ("window", "uniform", "balance_kv", "balanced", "fitted")
 
     # Prompts: so many files, read up to here, compressed, and read on for so many bytes.
     config.passages = 24
@@ -62,7 +62,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
         config.prompt_bytes = 256
         config.continuation_bytes = 48
         config.ratios = (4,)
-        config.methods = ("window", "refitted")
+        config.methods = ("window", "fitted")
         config.block_size = 8
         config.stream_passages = 1
         config.stream_bytes = 128

@@ -37,12 +37,13 @@ from experiments import cache_file, lm, results, text
 from experiments.cache_figure import REFERENCE, Measured, Table, draw
 from experiments.styles import STYLES
 
-OURS = "balanced"
+OURS = "fitted"
 METHODS: dict[str, cj.Compressor] = {
     "uniform": cj.baselines.uniform(),
     "balance_kv": cj.baselines.balance_kv(),
     "balance_kv_corrected": cj.baselines.balance_kv(corrected=True),
     "balanced": cj.balanced(),
+    "fitted": cj.fitted(),
 }
 
 # Where the config leaves the prefix to the file, each head keeps at least this many pairs.

@@ -12,8 +12,8 @@ Held-out files are read up to a prompt's end; the cache of every layer and head 
 - *stream*: bits a byte of a file that is read from an empty cache under a fixed budget.
 
 All methods have caches of the same size: sinks and the newest pairs exactly, and in between what
-the method keeps; `window` has no more than sinks and newest pairs. `refitted` is the cache's
-default: balanced and refitted prompts, and behind them halvings with feedback. A fourth table has
+the method keeps; `window` has no more than sinks and newest pairs. `fitted` is the cache's
+default: fitted prompts, and behind them halvings with feedback. A fourth table has
 bytes and speed. In ``<output>`` are ``decode.jsonl``, a line for every finished cell, with which an
 interrupted run goes on, and ``decode.png``.
 """
@@ -159,7 +159,7 @@ class Work:
         prompt = decoding.Prompt(np.zeros((1, pairs), np.int32), keys, values)
         full = decoding.prefilled(prompt, None, config.speed_turns + 1)
         cache = decoding.cache_config(
-            "refitted", pairs // ratio, config.recent_share, config.block_size, {}
+            "fitted", pairs // ratio, config.recent_share, config.block_size, {}
         )
         compressed = decoding.prefilled(prompt, cache, 0)
         token, previous = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 2), jnp.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +81,83 @@ class FullCache(NamedTuple):
         )
 
 
-Cache = FullCache | CoresetCache
+class CoresetPrompt(NamedTuple):
+    """A prompt's coreset, and behind it every pair that comes, exactly.
+
+    Attributes:
+      coreset: any compressor's, with leading axes `[batch, kv_heads]`.
+      recent: the pairs behind the prompt.
+      lengths: pairs that have come, those of the prompt included `[batch]`.
+    """
+
+    coreset: cj.Coreset
+    recent: FullCache
+    lengths: Int[Array, " batch"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def attend(
+        self,
+        queries: Float[Array, "batch length heads head_dim"],
+        keys: Float[Array, "batch length kv_heads head_dim"],
+        values: Float[Array, "batch length kv_heads head_dim"],
+    ) -> Float[Array, "batch length heads head_dim"]:
+        """Attend to the coreset, to the pairs behind it and, causally, to the new ones."""
+        batch, length, heads, width = queries.shape
+        kv_heads = keys.shape[2]
+        grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, width)
+        coreset, recent = self.coreset, self.recent
+        size, slots = coreset.keys.shape[2], recent.keys.shape[1]
+        scores = jnp.concatenate(
+            [
+                jnp.einsum("blkgd,bkmd->bkglm", grouped, coreset.keys),
+                jnp.einsum("blkgd,bskd->bkgls", grouped, recent.keys),
+                jnp.einsum("blkgd,bskd->bkgls", grouped, keys),
+            ],
+            axis=-1,
+        )
+        held = jnp.broadcast_to(
+            jnp.arange(slots) < recent.lengths[:, None, None], (batch, length, slots)
+        )
+        new = jnp.broadcast_to(jnp.tri(length, dtype=bool), (batch, length, length))
+        exact = jnp.where(jnp.concatenate([held, new], axis=-1), 0, -jnp.inf)[:, None, None]
+        # A log-weight for every query and pair: minus infinity where there is nothing to see.
+        offsets = jnp.concatenate(
+            [
+                jnp.broadcast_to(
+                    coreset.log_weights[:, :, None, None], (batch, kv_heads, 1, length, size)
+                ),
+                jnp.broadcast_to(exact, (batch, kv_heads, 1, length, slots + length)),
+            ],
+            axis=-1,
+        )
+        weights = jax.nn.softmax(scores / math.sqrt(width) + offsets)
+        to_coreset, to_recent, to_new = jnp.split(weights, [size, size + slots], axis=-1)
+        outputs = jnp.einsum("bkglm,bkmd->blkgd", to_coreset, coreset.values)
+        outputs += jnp.einsum("bkgls,bskd->blkgd", to_recent, recent.values)
+        outputs += jnp.einsum("bkgls,bskd->blkgd", to_new, values)
+        if coreset.normalizers is not None:
+            # The denominator sums these in place of ones; exact pairs keep theirs.
+            total = jnp.einsum("bkglm,bkm->blkg", to_coreset, coreset.normalizers)
+            total += jnp.einsum("bkgls->blkg", to_recent) + jnp.einsum("bkgls->blkg", to_new)
+            outputs = outputs / total[..., None]
+        return outputs.reshape(queries.shape)
+
+    def append(
+        self,
+        keys: Float[Array, "batch length kv_heads head_dim"],
+        values: Float[Array, "batch length kv_heads head_dim"],
+    ) -> CoresetPrompt:
+        """Write the new pairs behind the others."""
+        return CoresetPrompt(
+            self.coreset, self.recent.append(keys, values), self.lengths + keys.shape[1]
+        )
+
+
+Cache = FullCache | CoresetPrompt | CoresetCache
 
 
 class Prompt(NamedTuple):
@@ -132,6 +209,27 @@ def prefilled(prompt: Prompt, config: CacheConfig | None, room: int) -> list[Cac
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(config: CacheConfig, keys: Array, values: Array) -> CoresetCache:
     return CoresetCache.init(config, jax.random.key(0), keys, values).prefill(keys, values)
+
+
+def behind_coresets(coresets: cj.Coreset, prompt_length: int, room: int) -> list[Cache]:
+    """Caches of all layers that hold the coreset of a prompt and nothing else of it.
+
+    Args:
+      coresets: leading axes `[layers, batch, kv_heads]`.
+      prompt_length: pairs of the prompt.
+      room: bytes to come.
+    """
+    layers, batch, kv_heads = coresets.keys.shape[:3]
+
+    def slots(like: Array) -> Array:
+        return jnp.zeros((batch, room, kv_heads, like.shape[-1]), like.dtype)
+
+    recent = FullCache(slots(coresets.keys), slots(coresets.values), jnp.zeros(batch, jnp.int32))
+    lengths = jnp.full(batch, prompt_length, jnp.int32)
+    return [
+        CoresetPrompt(jax.tree.map(operator.itemgetter(layer), coresets), recent, lengths)
+        for layer in range(layers)
+    ]
 
 
 def empty(
@@ -237,7 +335,7 @@ def cache_config(
     """The cache of a method: `exact` keeps everything, `window` sinks and the newest pairs.
 
     Args:
-      method: one of these, `refitted` for the cache's default, or a name in `compressors`.
+      method: one of these, `fitted` for the cache's default, or a name in `compressors`.
       size: pairs that each head keeps.
       share: how many of them are recent ones, where there is a middle.
       block_size: see `coreset_jax.nn.CacheConfig`.

@@ -13,7 +13,7 @@ class Style(NamedTuple):
 
 
 STYLES = {
-    "refitted": Style("balanced and refitted", "#CC79A7", "-", "P"),
+    "fitted": Style("fitted", "#CC79A7", "-", "P"),
     "balanced": Style("balanced", "#0072B2", "-", "o"),
     "exact": Style("full cache", "#888888", "-", "none"),
     "window": Style("sinks and window", "#009E73", "--", "D"),

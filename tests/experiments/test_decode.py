@@ -40,7 +40,7 @@ def test_full_cache_costs_what_the_model_costs(model, prompt):
 
 
 def test_a_cache_with_room_costs_the_same(model, prompt):
-    config = decoding.cache_config("refitted", 200, 0.25, 8, decode.COMPRESSORS)
+    config = decoding.cache_config("fitted", 200, 0.25, 8, decode.COMPRESSORS)
     caches = decoding.prefilled(prompt, config, 0)
     found = decoding.costs(model, caches, TOKENS[:, 80:], TOKENS[:, 78:80], 16)
     expected = np.asarray(lm.byte_costs(model, TOKENS))[:, 80:]
@@ -49,13 +49,13 @@ def test_a_cache_with_room_costs_the_same(model, prompt):
 
 def test_an_empty_cache_reads_from_the_start(model):
     config = lm.load()[1]
-    for each in (None, decoding.cache_config("refitted", 200, 0.25, 8, {})):
+    for each in (None, decoding.cache_config("fitted", 200, 0.25, 8, {})):
         caches = decoding.empty(config, 2, each, 120)
         found = decoding.costs(model, caches, TOKENS, piece=40)
         np.testing.assert_allclose(found, lm.byte_costs(model, TOKENS), atol=2e-4)
 
 
-@pytest.mark.parametrize("method", ["window", "uniform", "refitted"])
+@pytest.mark.parametrize("method", ["window", "uniform", "fitted"])
 def test_all_methods_hold_as_many_pairs(prompt, method):
     (cache, *_) = decoding.prefilled(prompt, small(method), 0)
     assert cache.positions.shape[-1] == 40
@@ -103,7 +103,7 @@ def test_job_and_its_resumption(tmp_path: pathlib.Path, monkeypatch):
 
 
 def test_piece_after_piece_grows_the_cache(model, prompt):
-    caches = decoding.prefilled(prompt, small("refitted"), 0)
+    caches = decoding.prefilled(prompt, small("fitted"), 0)
     tokens = jnp.asarray(TOKENS[:, 80:90], jnp.int32)
     _, caches = decoding.step(model, caches, tokens, jnp.asarray(TOKENS[:, 78:80], jnp.int32))
     assert all(int(cache.lengths[0]) == 90 for cache in caches)

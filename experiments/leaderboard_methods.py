@@ -1,0 +1,155 @@
+"""The methods of `experiments.leaderboard`, one line each."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import coreset_jax as cj
+from coreset_jax import baselines, refit
+
+FREE, INFORMED, QUANTISED = "query-free", "query-informed", "quantised"
+CATEGORIES = (FREE, INFORMED, QUANTISED)
+
+TRAITS = {"ours", "subset", "draws", "grouped", "whole"}
+
+# The method that others are divided by.
+REFERENCE = "uniform"
+
+
+class Method(NamedTuple):
+    """A line of the table.
+
+    Attributes:
+      name: its name in configurations and results.
+      label: its name in tables and figures.
+      category: its class. A method is compared with those of its own class alone, and only
+        query-informed ones are given queries.
+      traits: some of these words. `ours`: this library's own, all others are rivals. `subset`: it
+        keeps pairs of the cache bit by bit, with weights that nothing was fitted to. `draws`: it
+        draws random numbers; without it one seed is all there is. `grouped`: it takes an option
+        `groups`, the query heads that share a key-value head. `whole`: it keeps every pair.
+      make: makes the compressor.
+      bits: of a number, for quantised caches: their ratio is one of bytes.
+    """
+
+    name: str
+    label: str
+    category: str
+    traits: str
+    make: Callable[..., cj.Compressor]
+    bits: int | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this library's own."""
+        return "ours" in self.traits.split()
+
+    @property
+    def subset(self) -> bool:
+        """Whether it keeps pairs as they are, and refits nothing."""
+        return "subset" in self.traits.split()
+
+    @property
+    def draws(self) -> bool:
+        """Whether seeds make a difference."""
+        return "draws" in self.traits.split()
+
+    @property
+    def whole(self) -> bool:
+        """Whether it keeps every pair."""
+        return "whole" in self.traits.split()
+
+    @property
+    def title(self) -> str:
+        """The label, and whose it is."""
+        return f"{self.label} (ours)" if self.ours else self.label
+
+    def compressor(self, groups: int) -> cj.Compressor:
+        """The compressor for a model with so many query heads a key-value head."""
+        return self.make(groups=groups) if "grouped" in self.traits.split() else self.make()
+
+
+def _corrected() -> cj.Compressor:
+    return baselines.balance_kv(corrected=True)
+
+
+def _nystrom() -> cj.Compressor:
+    return refit.nystrom(cj.balanced())
+
+
+def _matched() -> cj.Compressor:
+    """What `cj.fitted` does with sample queries, and refuses to do without."""
+    moved = cj.stretched(refit.relocation(cj.pivoted()))
+    return cj.stretched(refit.matching(moved), most=2048)
+
+
+_WILDCAT_4 = functools.partial(baselines.wildcat, bins=4)
+_WHOLE_8 = functools.partial(baselines.quantised, bits=8)
+_WHOLE_4 = functools.partial(baselines.quantised, bits=4)
+
+METHODS = (
+    Method("uniform", "uniform", FREE, "subset draws", baselines.uniform),
+    Method("streaming_llm", "StreamingLLM", FREE, "subset", baselines.streaming_llm),
+    Method("key_similarity", "KeyDiff", FREE, "subset", baselines.key_similarity),
+    Method("kmeans", "k-means", FREE, "draws", baselines.kmeans),
+    Method("balance_kv", "BalanceKV, published", FREE, "draws", baselines.balance_kv),
+    Method("balance_kv_corrected", "BalanceKV, corrected", FREE, "subset draws", _corrected),
+    Method("kernel_halving", "kernel halving", FREE, "subset draws", baselines.kernel_halving),
+    Method("wildcat", "WildCat, 1 bin", FREE, "draws", baselines.wildcat),
+    Method("wildcat_4", "WildCat, 4 bins", FREE, "draws", _WILDCAT_4),
+    Method("balanced", "balanced", FREE, "ours subset draws", cj.balanced),
+    Method(
+        "log_weights",
+        "balanced, weights refitted",
+        FREE,
+        "ours draws",
+        lambda: refit.log_weights(cj.balanced()),
+    ),
+    Method("nystrom", "balanced and refitted", FREE, "ours draws", _nystrom),
+    Method("fitted", "fitted", FREE, "ours draws", cj.fitted),
+    Method("h2o", "H2O", INFORMED, "subset", baselines.h2o),
+    Method("snapkv", "SnapKV", INFORMED, "subset grouped", baselines.snapkv),
+    Method(
+        "expected_attention",
+        "expected attention",
+        INFORMED,
+        "subset grouped",
+        baselines.expected_attention,
+    ),
+    Method("top_attention", "top attention", INFORMED, "subset", baselines.top_attention),
+    Method("attention_matching", "attention matching", INFORMED, "", baselines.attention_matching),
+    Method("matched", "fitted and matched", INFORMED, "ours draws", _matched),
+    Method("quantised_8", "whole cache, 8 bits", QUANTISED, "whole", _WHOLE_8, 8),
+    Method("quantised_4", "whole cache, 4 bits", QUANTISED, "whole", _WHOLE_4, 4),
+    Method(
+        "nystrom_8",
+        "balanced and refitted, 8 bits",
+        QUANTISED,
+        "ours draws",
+        lambda: baselines.quantised(_nystrom(), 8),
+        8,
+    ),
+)
+
+
+def chosen(names: tuple[str, ...] | None) -> tuple[Method, ...]:
+    """The methods of these names, in the order of the table; all if `None`.
+
+    Raises:
+      ValueError: a name is unknown, or the reference is not among them.
+    """
+    if names is None:
+        return METHODS
+    unknown = set(names) - {method.name for method in METHODS}
+    if unknown or REFERENCE not in names:
+        raise ValueError(
+            f"methods must be known and include {REFERENCE!r}, got {list(names)}; "
+            f"unknown: {sorted(unknown)}"
+        )
+    return tuple(method for method in METHODS if method.name in names)
+
+
+def identity(compressor: cj.Compressor) -> str:
+    """A compressor with its options as text, the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(compressor))

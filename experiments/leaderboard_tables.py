@@ -1,0 +1,402 @@
+"""The tables of `experiments.leaderboard`, and its verdict."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import results
+from experiments.leaderboard_methods import CATEGORIES, REFERENCE, Method
+
+Found = list[tuple[dict[str, Any], dict[str, Any]]]
+Column = Callable[[Method], float | None]
+
+TASKS = ("continuation", "repeated")
+
+
+class Entry(NamedTuple):
+    """What one method did at one ratio.
+
+    Attributes:
+      mean: mean errors `[kinds, seeds, passages, layers, heads]`.
+      tail: 99th percentiles, likewise.
+      continuation: bits a byte over those of the full cache `[kinds, seeds, passages]`.
+      repeated: likewise.
+      seconds: of a compression, in the median.
+      bytes: of the coreset of a prompt, in the mean.
+    """
+
+    mean: np.ndarray
+    tail: np.ndarray
+    continuation: np.ndarray
+    repeated: np.ndarray
+    seconds: float
+    bytes: float
+
+    def by_cell(self, metric: str) -> np.ndarray:
+        """Errors averaged over seeds and passages `[kinds, layers, heads]`.
+
+        One that is not finite is infinite: nothing is worse.
+        """
+        errors = np.mean(getattr(self, metric), axis=(1, 2))
+        return np.where(np.isfinite(errors), errors, np.inf)
+
+
+class Board(NamedTuple):
+    """Everything that was measured.
+
+    Attributes:
+      methods: in the order of the table.
+      ratios: ascending.
+      kinds: of texts.
+      entries: by name of the method and ratio; those that failed are missing.
+      failures: why they did.
+      exact: bits a byte of the full cache, by task.
+      bytes: of the full cache of a prompt.
+    """
+
+    methods: tuple[Method, ...]
+    ratios: list[int]
+    kinds: list[str]
+    entries: dict[tuple[str, int], Entry]
+    failures: dict[tuple[str, int], str]
+    exact: dict[str, float]
+    bytes: int
+
+    def of(self, category: str) -> list[Method]:
+        """The methods of a class."""
+        return [method for method in self.methods if method.category == category]
+
+    def seeds(self, method: Method) -> str:
+        """How many seeds a method has, as text; none where it draws nothing."""
+        found = [entry for (name, _), entry in self.entries.items() if name == method.name]
+        return str(found[0].mean.shape[1]) if found and method.draws else "–"
+
+    def over_reference(self, name: str, ratio: int, metric: str) -> float:
+        """A method's error over that of the reference, in the geometric mean over all cells."""
+        if (name, ratio) not in self.entries or (REFERENCE, ratio) not in self.entries:
+            return np.nan
+        reference = self.entries[REFERENCE, ratio].by_cell(metric)
+        return geometric_mean(self.entries[name, ratio].by_cell(metric) / reference)
+
+
+def geometric_mean(values: np.ndarray) -> float:
+    """The geometric mean over all entries; infinite where one is, or is not a number."""
+    values = np.where(np.isnan(values), np.inf, values)
+    return float(np.exp(np.mean(np.log(np.maximum(values, np.finfo(np.float32).tiny)))))
+
+
+def gather(found: Found, methods: tuple[Method, ...]) -> Board:
+    """The board of all cells.
+
+    Args:
+      found: settings and measurements of the cells.
+      methods: the methods among them.
+    """
+    exact = {cell["kind"]: known for cell, known in found if cell["method"] == "exact"}
+    grouped: dict[tuple[str, int], Found] = {}
+    for cell, known in found:
+        if cell["method"] != "exact":
+            grouped.setdefault((cell["method"], cell["ratio"]), []).append((cell, known))
+    entries, failures = {}, {}
+    for place, cells in grouped.items():
+        failed = [known["failed"] for _, known in cells if "failed" in known]
+        if failed:
+            failures[place] = failed[0]
+        else:
+            entries[place] = _entry(cells, exact)
+    return Board(
+        methods,
+        sorted({ratio for _, ratio in grouped}),
+        list(exact),
+        entries,
+        failures,
+        {task: float(np.mean([known[task] for known in exact.values()])) for task in TASKS},
+        next(iter(exact.values()))["bytes"],
+    )
+
+
+def _entry(cells: Found, exact: dict[str, dict[str, Any]]) -> Entry:
+    """All kinds and seeds of one method at one ratio."""
+    known = {(cell["kind"], cell["seed"]): each for cell, each in cells}
+    seeds = list(dict.fromkeys(seed for _, seed in known))
+
+    def grid(task: str) -> np.ndarray:
+        return np.array([[known[kind, seed][task] for seed in seeds] for kind in exact])
+
+    def loss(task: str) -> np.ndarray:
+        return grid(task) - np.array([each[task] for each in exact.values()])[:, None]
+
+    return Entry(
+        grid("mean"),
+        grid("tail"),
+        loss("continuation"),
+        loss("repeated"),
+        float(np.median(grid("seconds"))),
+        float(np.mean(grid("bytes"))),
+    )
+
+
+def _number(value: float | None, style: str) -> str:
+    return "–" if value is None or not np.isfinite(value) else format(value, style)
+
+
+def _column(values: Sequence[float | None], style: str) -> list[str]:
+    """A column of a class as text, its smallest figures marked."""
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    least = min(known, default=None)
+    return [("*" if value == least else "") + _number(value, style) for value in values]
+
+
+def _print_columns(
+    board: Board,
+    title: str,
+    headers: list[str],
+    columns: list[tuple[Column, str]],
+    caption: str,
+) -> None:
+    """Print a row for each method, with the best of each class and column marked."""
+    rows: list[Sequence[str] | None] = []
+    for category in CATEGORIES:
+        methods = board.of(category)
+        if not methods:
+            continue
+        cells = [
+            _column([column(method) for method in methods], style) for column, style in columns
+        ]
+        rows += [None] if rows else []
+        rows += [
+            [category if number == 0 else "", method.title, board.seeds(method), *row]
+            for number, (method, *row) in enumerate(zip(methods, *cells, strict=True))
+        ]
+    results.print_table(
+        title,
+        ["class", "method", "seeds", *headers],
+        rows,
+        left=("class", "method"),
+        caption=caption,
+    )
+
+
+def _at(board: Board, ratio: int, read: Callable[[Entry], float]) -> Column:
+    """A column: a figure of every method at one ratio."""
+
+    def column(method: Method) -> float | None:
+        entry = board.entries.get((method.name, ratio))
+        return None if entry is None else read(entry)
+
+    return column
+
+
+def _kind_error(kind: int, entry: Entry) -> float:
+    return geometric_mean(entry.mean[kind])
+
+
+def _kind_bits(kind: int, entry: Entry) -> float:
+    return float(np.mean(entry.continuation[kind]))
+
+
+def print_board(board: Board, ratio: int, texts: str, stamp: str) -> None:
+    """Print a table for each task, one by kind of text, and why there are dashes.
+
+    Args:
+      board: what was measured.
+      ratio: that of the tables by kind of text.
+      texts: what was read, for the captions.
+      stamp: seeds and versions.
+    """
+    headers = [f"{each}×" for each in board.ratios]
+    geometric = "geometric mean over layers, heads, texts and seeds"
+    bits = {task: f"{cost:.4f} bits a byte" for task, cost in board.exact.items()}
+    tasks: list[tuple[str, Callable[[Entry], float], str]] = [
+        (
+            f"Attention error, mean over queries / mean norm of outputs; {geometric}",
+            lambda entry: geometric_mean(entry.mean),
+            ".4f",
+        ),
+        (
+            f"Attention error, 99th percentile of queries / mean norm of outputs; {geometric}",
+            lambda entry: geometric_mean(entry.tail),
+            ".4f",
+        ),
+        (
+            f"Continuation: bits a byte over those of the full cache, {bits['continuation']}",
+            lambda entry: float(np.mean(entry.continuation)),
+            "+.4f",
+        ),
+        (
+            f"A passage repeated: bits a byte over those of the full cache, {bits['repeated']}",
+            lambda entry: float(np.mean(entry.repeated)),
+            "+.4f",
+        ),
+        (
+            "Compression of a prompt, all layers and heads, compiled: seconds, median",
+            lambda entry: entry.seconds,
+            ".3g",
+        ),
+        (
+            f"Bytes of a prompt, all layers and heads: MB, the full cache {board.bytes / 1e6:.3f}",
+            lambda entry: entry.bytes / 1e6,
+            ".3f",
+        ),
+    ]
+    caption = f"{texts}.\n*: the best of its class. seeds: – draws nothing. –: see below."
+    for title, read, style in tasks:
+        columns = [(_at(board, each, read), style) for each in board.ratios]
+        _print_columns(board, title, headers, columns, caption)
+
+    places = range(len(board.kinds))
+    _print_columns(
+        board,
+        f"By kind of text at {ratio}×: mean attention error, and bits a byte of the continuation",
+        [f"{kind}, {what}" for what in ("error", "bits") for kind in board.kinds],
+        [(_at(board, ratio, functools.partial(_kind_error, kind)), ".4f") for kind in places]
+        + [(_at(board, ratio, functools.partial(_kind_bits, kind)), "+.4f") for kind in places],
+        f"{caption}\n{stamp}",
+    )
+    labels = {method.name: method.label for method in board.methods}
+    for (name, each), reason in board.failures.items():
+        print(f"–: {labels[name]} at {each}×: {reason}")
+    for (name, each), entry in board.entries.items():
+        if not all(np.all(np.isfinite(part)) for part in entry):
+            print(f"–: {labels[name]} at {each}×: not all figures are finite")
+    print()
+
+
+class Verdict(NamedTuple):
+    """One of our methods against its rivals.
+
+    Attributes:
+      shares: by metric, ours over the best rival in every cell where both are measured.
+      cells: how many cells have a rival.
+      losses: by task, ours, the best rival's, and its label, at one ratio; `None` if either is
+        missing.
+    """
+
+    shares: dict[str, np.ndarray]
+    cells: int
+    losses: dict[str, tuple[float, float, str] | None]
+
+
+def judge(board: Board, method: Method, ratio: int) -> Verdict:
+    """Sets a method of ours against every rival of its class.
+
+    Args:
+      board: what was measured.
+      method: one of ours.
+      ratio: that of the losses.
+    """
+    rivals = [rival for rival in board.of(method.category) if not rival.ours]
+    shares: dict[str, list[np.ndarray]] = {"mean": [], "tail": []}
+    cells = 0
+    for each in board.ratios:
+        entries = [
+            board.entries[rival.name, each]
+            for rival in rivals
+            if (rival.name, each) in board.entries
+        ]
+        if not entries:
+            continue
+        cells += entries[0].by_cell("mean").size
+        ours = board.entries.get((method.name, each))
+        if ours is None:
+            continue
+        for metric, found in shares.items():
+            best = np.min([entry.by_cell(metric) for entry in entries], axis=0)
+            found.append((ours.by_cell(metric) / best).ravel())
+    losses: dict[str, tuple[float, float, str] | None] = {}
+    for task in TASKS:
+        known = [
+            (float(np.mean(getattr(board.entries[rival.name, ratio], task))), rival.label)
+            for rival in rivals
+            if (rival.name, ratio) in board.entries
+        ]
+        known = [pair for pair in known if np.isfinite(pair[0])]
+        ours = board.entries.get((method.name, ratio))
+        losses[task] = (
+            (float(np.mean(getattr(ours, task))), *min(known))
+            if known and ours is not None
+            else None
+        )
+    joined = {name: np.concatenate([np.zeros(0), *found]) for name, found in shares.items()}
+    return Verdict(joined, cells, losses)
+
+
+def print_verdict(board: Board, ratio: int) -> None:
+    """Print ours against the best rival of every cell, and the subsets against uniform.
+
+    Args:
+      board: what was measured.
+      ratio: that of the losses and the subsets.
+    """
+    rows: list[Sequence[str] | None] = []
+    for category in CATEGORIES:
+        ours = [method for method in board.of(category) if method.ours]
+        rows += [None] if rows else []
+        if not ours:
+            rows.append([category, "none of ours", *["–"] * 11])
+        for number, method in enumerate(ours):
+            verdict = judge(board, method, ratio)
+            row = [category if number == 0 else "", method.label]
+            for found in verdict.shares.values():
+                row += (
+                    [f"{geometric_mean(found):.3f}", f"{np.mean(found <= 1):.0%}"]
+                    if found.size
+                    else ["–", "–"]
+                )
+            row.append(f"{verdict.shares['mean'].size} of {verdict.cells}")
+            for loss in verdict.losses.values():
+                row += (
+                    ["–", "–", "–"]
+                    if loss is None
+                    else [f"{loss[0]:+.4f}", f"{loss[1]:+.4f} {loss[2]}", _over(*loss[:2])]
+                )
+            rows.append(row)
+    results.print_table(
+        "Verdict: ours over the best rival of its class in every cell, geometric mean",
+        [
+            "class",
+            "ours",
+            "mean error",
+            "≤ 1 in",
+            "99th percentile",
+            "≤ 1 in",
+            "cells",
+            f"continuation, {ratio}×",
+            "best rival",
+            "ratio",
+            f"repeated, {ratio}×",
+            "best rival",
+            "ratio",
+        ],
+        rows,
+        left=("class", "ours"),
+        caption=(
+            "A cell: kind of text, layer, head, ratio; errors averaged over seeds and passages. "
+            "Continuation, repeated: bits a byte over the full cache. ratio: – where a loss is "
+            "not above zero."
+        ),
+    )
+    subsets = [method for method in board.methods if method.subset]
+    results.print_table(
+        f"Subsets at {ratio}×, nothing refitted: error over that of uniform",
+        ["class", "method", "mean", "99th percentile"],
+        [
+            [
+                method.category,
+                method.title,
+                *(
+                    _number(board.over_reference(method.name, ratio, metric), ".3f")
+                    for metric in ("mean", "tail")
+                ),
+            ]
+            for method in subsets
+        ],
+        left=("class", "method"),
+        caption="Geometric mean over the cells of that ratio.",
+    )
+
+
+def _over(ours: float, rival: float) -> str:
+    return f"{ours / rival:.2f}" if ours > 0 and rival > 0 else "–"

@@ -1,0 +1,252 @@
+"""What `experiments.leaderboard` measures: coresets of the model's caches, and what they answer."""
+
+import bisect
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Float
+
+import coreset_jax as cj
+from coreset_jax import baselines
+from coreset_jax.coreset import whole_cache
+from experiments import decode, decoding, leaderboard_texts, lm
+from experiments.leaderboard_methods import INFORMED, METHODS, Method
+
+Cell = dict[str, Any]
+
+_BY_NAME = {method.name: method for method in METHODS}
+
+# Pairs whose scores are held at a time.
+_BLOCK_SIZE = 2048
+
+# Keys, values, log-weights and normalizers are counted in float32.
+_FLOAT_BYTES = 4
+
+
+class Texts(NamedTuple):
+    """The passages of a kind, and what the model holds and asks of them.
+
+    Attributes:
+      tokens: `[passages, bytes]`: prompts, and what follows them.
+      repeated: the same prompts, followed by passages of themselves.
+      keys: those of the prompts, after RoPE, `[passages, layers, kv_heads, pairs, head_dim]`.
+      values: likewise.
+      fitting: queries of the last bytes of the prompts, for query-informed methods
+        `[passages, layers, kv_heads, queries, head_dim]`, those of all query heads that share a
+        key-value head behind one another.
+      asked: queries of what follows, likewise.
+      exact: what they hear from all pairs.
+    """
+
+    tokens: np.ndarray
+    repeated: np.ndarray
+    keys: Float[Array, "passages layers heads n d"]
+    values: Float[Array, "passages layers heads n d"]
+    fitting: Float[Array, "passages layers heads f d"]
+    asked: Float[Array, "passages layers heads q d"]
+    exact: Float[Array, "passages layers heads q d"]
+
+
+def read_texts(model: lm.Decoder, tokens: np.ndarray, prompt: int, fitting: int) -> Texts:
+    """Let the model read the passages.
+
+    Args:
+      model: the model.
+      tokens: prompts and what follows them `[passages, bytes]`.
+      prompt: bytes of the prompts.
+      fitting: how many of their last bytes are there to be fitted to.
+    """
+    traces = [lm.caches(model, row) for row in tokens]
+    keys, values = (
+        jnp.stack([getattr(trace, name)[..., :prompt, :] for trace in traces])
+        for name in ("keys", "values")
+    )
+    queries = jnp.stack([trace.queries for trace in traces])
+
+    def grouped(queries: Array) -> Array:
+        # Query heads of a group are neighbours: they become rows of the head that they share.
+        return queries.reshape(*keys.shape[:3], -1, keys.shape[-1])
+
+    asked = grouped(queries[..., prompt:, :])
+    exact = [
+        cj.attention(*each, block_size=_BLOCK_SIZE)
+        for each in zip(asked, keys, values, strict=True)
+    ]
+    return Texts(
+        tokens,
+        decode.with_repeats(tokens, prompt),
+        keys,
+        values,
+        grouped(queries[..., prompt - fitting : prompt, :]),
+        asked,
+        jnp.stack(exact),
+    )
+
+
+@jax.jit
+def relative_errors(
+    queries: Float[Array, "*heads q d"], exact: Float[Array, "*heads q dv"], coreset: cj.Coreset
+) -> tuple[Float[Array, "*heads"], Float[Array, "*heads"]]:
+    """Each head's mean error and its 99th percentile, relative to the mean norm of its outputs.
+
+    Args:
+      queries: queries `[..., q, d]`.
+      exact: what they should hear `[..., q, dv]`.
+      coreset: what answers them.
+    """
+    outputs = cj.attend(queries, coreset, block_size=_BLOCK_SIZE)
+    errors = jnp.linalg.norm(outputs - exact, axis=-1)
+    norm = jnp.mean(jnp.linalg.norm(exact, axis=-1), axis=-1)
+    return jnp.mean(errors, axis=-1) / norm, jnp.quantile(errors, 0.99, axis=-1) / norm
+
+
+def pairs_kept(method: Method, count: int, width: int, ratio: int) -> int:
+    """How many of `count` pairs a method keeps at a ratio.
+
+    Args:
+      method: the method.
+      count: pairs of a head.
+      width: of keys and of values.
+      ratio: pairs over pairs kept; for quantised caches bytes over the most bytes kept.
+
+    Raises:
+      ValueError: a quantised cache is not defined at this ratio.
+    """
+    if method.bits is None:
+        return -(-count // ratio)
+    budget = 2 * width * count * _FLOAT_BYTES // ratio
+    bits = method.bits
+
+    def weight(size: int) -> int:
+        like = jnp.zeros((size, width))
+        coreset = jax.eval_shape(lambda: whole_cache(like, like))
+        log_weights = 0 if method.whole else _FLOAT_BYTES * size
+        return baselines.quantised_bytes(coreset, bits) + log_weights
+
+    size = bisect.bisect_right(range(1, count + 1), budget, key=weight)
+    if method.whole:
+        if size < count:
+            raise ValueError(f"in {bits} bits the whole cache takes over 1/{ratio} of its bytes")
+    elif size == count:
+        raise ValueError(f"in {bits} bits the whole cache fits into 1/{ratio} of its bytes")
+    elif size < 1:
+        raise ValueError(f"in {bits} bits not one pair fits into 1/{ratio} of the bytes")
+    return size
+
+
+def coreset_bytes(coreset: cj.Coreset, bits: int | None = None) -> int:
+    """Bytes of a coreset in float32: keys, values, and what else answers depend on.
+
+    Log-weights are left out where all pairs of a head weigh the same: one number says it.
+
+    Args:
+      coreset: a coreset.
+      bits: of a number in keys and values, where they are quantised.
+    """
+    if bits is None:
+        found = _FLOAT_BYTES * (coreset.keys.size + coreset.values.size)
+    else:
+        found = baselines.quantised_bytes(coreset, bits)
+    if bool(jnp.any(coreset.log_weights != coreset.log_weights[..., :1])):
+        found += _FLOAT_BYTES * coreset.log_weights.size
+    if coreset.normalizers is not None:
+        found += _FLOAT_BYTES * coreset.normalizers.size
+    return found
+
+
+class Work:
+    """The model and its texts, read once and only if a cell is missing."""
+
+    def __init__(self, config: ml_collections.ConfigDict) -> None:
+        self.config = config
+        self.model, model_config = lm.load(config.checkpoint)
+        self.groups = model_config.num_query_heads // model_config.num_kv_heads
+        self.warm: set[tuple[str, int]] = set()
+        self._texts: dict[str, Texts] = {}
+
+    def texts(self, kind: str) -> Texts:
+        """The passages of a kind."""
+        config = self.config
+        if kind not in self._texts:
+            length = config.prompt_bytes + config.continuation_bytes
+            tokens = leaderboard_texts.passages(kind, config.passages, length, config.text_seed)
+            self._texts[kind] = read_texts(
+                self.model, tokens, config.prompt_bytes, config.fitting_bytes
+            )
+        return self._texts[kind]
+
+    def exact(self, kind: str) -> Cell:
+        """Bits a byte behind the full cache."""
+        texts, length = self.texts(kind), self.config.prompt_bytes
+
+        def costs(rows: np.ndarray) -> np.ndarray:
+            return np.stack([np.asarray(lm.byte_costs(self.model, row))[length:] for row in rows])
+
+        return {
+            "continuation": costs(texts.tokens).mean(axis=1),
+            "repeated": costs(texts.repeated)[:, decode.CUE :].mean(axis=1),
+            "bytes": _FLOAT_BYTES * (texts.keys[0].size + texts.values[0].size),
+        }
+
+    def compressed(self, name: str, kind: str, ratio: int, seed: int) -> Cell:
+        """Errors, bits a byte, seconds and bytes of a method; or why there are none."""
+        method, texts = _BY_NAME[name], self.texts(kind)
+        count, width = texts.keys.shape[-2:]
+        coresets, seconds = [], []
+        try:
+            size = pairs_kept(method, count, width, ratio)
+            compressor = method.compressor(self.groups)
+            for number in range(len(texts.tokens)):
+                compress = functools.partial(
+                    compressor,
+                    jax.random.fold_in(jax.random.key(seed), number),
+                    texts.keys[number],
+                    texts.values[number],
+                    size=size,
+                    queries=texts.fitting[number] if method.category == INFORMED else None,
+                )
+                if (name, size) not in self.warm:
+                    # The first call compiles.
+                    jax.block_until_ready(compress())
+                    self.warm.add((name, size))
+                begun = time.perf_counter()
+                coresets.append(jax.block_until_ready(compress()))
+                seconds.append(time.perf_counter() - begun)
+        except Exception as error:  # Whatever it is, the others go on.
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            logging.warning("%s at %d×: %s", method.label, ratio, reason)
+            return {"failed": reason}
+        errors = [
+            relative_errors(*each) for each in zip(texts.asked, texts.exact, coresets, strict=True)
+        ]
+        mean, tail = (np.stack(each) for each in zip(*errors, strict=True))
+        return {
+            "mean": mean,
+            "tail": tail,
+            **self._losses(texts, coresets),
+            "seconds": seconds,
+            "pairs": size,
+            "bytes": max(coreset_bytes(each, method.bits) for each in coresets),
+        }
+
+    def _losses(self, texts: Texts, coresets: list[cj.Coreset]) -> Cell:
+        """Bits a byte behind the coresets of the prompts."""
+        length, room = self.config.prompt_bytes, self.config.continuation_bytes
+        # Each has the axes [layers, heads], and the caches of a layer those of all passages.
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *coresets)
+        caches = decoding.behind_coresets(stacked, length, room)
+        previous = texts.tokens[:, length - 2 : length]
+
+        def costs(tokens: np.ndarray) -> np.ndarray:
+            return decoding.costs(self.model, caches, tokens[:, length:], previous)
+
+        return {
+            "continuation": costs(texts.tokens).mean(axis=1),
+            "repeated": costs(texts.repeated)[:, decode.CUE :].mean(axis=1),
+        }

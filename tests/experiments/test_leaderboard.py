@@ -1,0 +1,381 @@
+"""The bake-off: its caches, its texts, its queries, its arithmetic, and a tiny run of it."""
+
+import contextlib
+import io
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import coreset_jax as cj
+from configs import leaderboard as leaderboard_config
+from coreset_jax.coreset import whole_cache
+from experiments import decoding, leaderboard, leaderboard_work, lm
+from experiments.leaderboard_figure import draw_errors, draw_pareto
+from experiments.leaderboard_methods import (
+    CATEGORIES,
+    FREE,
+    INFORMED,
+    METHODS,
+    QUANTISED,
+    TRAITS,
+    Method,
+    chosen,
+    identity,
+)
+from experiments.leaderboard_tables import Board, Entry, gather, judge, print_board, print_verdict
+from experiments.leaderboard_texts import KINDS, passages
+
+BY_NAME = {method.name: method for method in METHODS}
+NORMAL = jax.random.normal
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lm.load()[0]
+
+
+def invented_coreset(normalizers):
+    """Two sequences, two heads, five slots, one of them empty."""
+    keys, values = NORMAL(jax.random.key(0), (2, 2, 2, 5, 4))
+    rng = np.random.default_rng(0)
+    log_weights = rng.normal(size=(2, 2, 5)).astype(np.float32)
+    log_weights[0, 1, 3] = -np.inf
+    # Some of them negative, as WildCat has them.
+    signed = jnp.asarray(rng.uniform(-0.1, 1.0, (2, 2, 5)), jnp.float32) if normalizers else None
+    return cj.Coreset(
+        keys, values, jnp.asarray(log_weights), jnp.zeros((2, 2, 5), jnp.int32), signed
+    )
+
+
+def answer(query, coreset, row, head, keys, values):
+    """The answer to one query over a coreset and exact pairs, a pair at a time."""
+    numerator, denominator = np.zeros(values.shape[-1]), 0.0
+    for slot in range(coreset.keys.shape[2]):
+        score = np.dot(query, coreset.keys[row, head, slot]) / np.sqrt(len(query))
+        mass = np.exp(score + float(coreset.log_weights[row, head, slot]))
+        numerator += mass * np.asarray(coreset.values[row, head, slot])
+        one = coreset.normalizers is None
+        denominator += mass * (1.0 if one else float(coreset.normalizers[row, head, slot]))
+    for key, value in zip(keys, values, strict=True):
+        mass = np.exp(np.dot(query, key) / np.sqrt(len(query)))
+        numerator += mass * np.asarray(value)
+        denominator += mass
+    return numerator / denominator
+
+
+@pytest.mark.parametrize("normalizers", [False, True])
+def test_coreset_and_exact_pairs_against_brute_force(normalizers):
+    coreset = invented_coreset(normalizers)
+    stacked = jax.tree.map(lambda leaf: leaf[None], coreset)
+    (cache,) = decoding.behind_coresets(stacked, prompt_length=9, room=6)
+    queries = NORMAL(jax.random.key(1), (2, 5, 4, 4))
+    keys, values = NORMAL(jax.random.key(2), (2, 2, 5, 2, 4))
+    found = []
+    for start, stop in ((0, 2), (2, 5)):
+        part = slice(start, stop)
+        found.append(cache.attend(queries[:, part], keys[:, part], values[:, part]))
+        cache = cache.append(keys[:, part], values[:, part])
+    assert np.all(np.asarray(cache.lengths) == 14)
+    found = np.concatenate(found, axis=1)
+    coreset, queries, keys, values = jax.tree.map(np.asarray, (coreset, queries, keys, values))
+    for row, place, head in np.ndindex(2, 5, 4):
+        seen = (row, slice(place + 1), head // 2)
+        expected = answer(
+            queries[row, place, head], coreset, row, head // 2, keys[seen], values[seen]
+        )
+        np.testing.assert_allclose(found[row, place, head], expected, rtol=2e-4, atol=1e-5)
+
+
+def test_without_anything_behind_it_is_attention_over_the_coreset():
+    """One new pair that nobody looks at: its key points away from every query."""
+    coreset = invented_coreset(normalizers=True)
+    (cache,) = decoding.behind_coresets(jax.tree.map(lambda leaf: leaf[None], coreset), 9, 3)
+    queries = jnp.abs(NORMAL(jax.random.key(1), (2, 1, 4, 4))) + 1
+    away, values = jnp.full((2, 1, 2, 4), -1e3), jnp.ones((2, 1, 2, 4))
+    expected = cj.attend(queries.reshape(2, 2, 2, 4), coreset)
+    found = cache.attend(queries, away, values).reshape(2, 2, 2, 4)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_whole_cache_costs_what_the_model_costs(model):
+    tokens = passages("code", 2, 120, 0)
+    texts = leaderboard_work.read_texts(model, tokens, 80, 20)
+    coreset = whole_cache(texts.keys.swapaxes(0, 1), texts.values.swapaxes(0, 1))
+    caches = decoding.behind_coresets(coreset, 80, 40)
+    found = decoding.costs(model, caches, tokens[:, 80:], tokens[:, 78:80], 16)
+    np.testing.assert_allclose(found, lm.byte_costs(model, tokens)[:, 80:], atol=2e-4)
+
+
+def test_queries_to_fit_to_and_queries_asked_are_of_different_bytes(model):
+    tokens = passages("tables", 2, 120, 0)
+    texts = leaderboard_work.read_texts(model, tokens, 80, 20)
+    queries = lm.caches(model, tokens[1]).queries
+    for head in range(2):
+        # One query head of the group after the other.
+        for member in range(2):
+            fitting = texts.fitting[1, :, head, 20 * member : 20 * (member + 1)]
+            asked = texts.asked[1, :, head, 40 * member : 40 * (member + 1)]
+            np.testing.assert_array_equal(fitting, queries[:, 2 * head + member, 60:80])
+            np.testing.assert_array_equal(asked, queries[:, 2 * head + member, 80:])
+    np.testing.assert_allclose(
+        texts.exact[1], cj.attention(texts.asked[1], texts.keys[1], texts.values[1]), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_are_what_their_kind_says(kind):
+    tokens = passages(kind, 4, 3000, 0)
+    assert tokens.shape == (4, 3000)
+    assert len({row.tobytes() for row in tokens}) == 4
+    np.testing.assert_array_equal(tokens, passages(kind, 4, 3000, 0))
+    for row in tokens:
+        text = row.astype(np.uint8).tobytes()
+        if kind == "tables":
+            assert text.count(b"->") > 40
+        if kind == "prose":
+            assert text.count(b"\\n") < 20 < text.count(b"\n")
+
+
+def test_texts_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="kinds"):
+        passages("verse", 1, 100, 0)
+    for kind in ("prose", "tables"):
+        with pytest.raises(ValueError, match="passages of"):
+            passages(kind, 100, 100_000, 0)
+
+
+def test_the_table_of_methods():
+    assert len(BY_NAME) == len({method.label for method in METHODS}) == len(METHODS)
+    for method in METHODS:
+        assert method.category in CATEGORIES
+        assert set(method.traits.split()) <= TRAITS
+        assert (method.bits is not None) == (method.category == QUANTISED)
+        assert " at 0x" not in identity(method.compressor(1))
+    assert chosen(None) == METHODS
+    for names in (("balanced",), ("uniform", "no_such_method")):
+        with pytest.raises(ValueError, match="uniform"):
+            chosen(names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_NAME)
+def test_methods_are_what_their_traits_say(name):
+    method, count, size = BY_NAME[name], 64, 16
+    keys, values, queries = NORMAL(jax.random.key(0), (3, 2, count, 8))
+    compressor = method.compressor(2)
+
+    def compress(seed, queries):
+        kept = count if method.whole else size
+        return compressor(jax.random.key(seed), keys, values, size=kept, queries=queries)
+
+    if method.category == INFORMED:
+        with pytest.raises(ValueError, match="queries"):
+            compress(0, None)
+    else:
+        queries = None
+    first, second = compress(0, queries), compress(1, queries)
+    changed = any(
+        not np.array_equal(*pair)
+        for pair in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    )
+    assert method.draws or not changed
+    kept = first.indices[..., None]
+    for source, found in ((keys, first.keys), (values, first.values)):
+        same = np.array_equal(jnp.take_along_axis(source, kept, axis=-2), found)
+        assert same or not method.subset
+
+
+@pytest.mark.parametrize("ratio", [2, 4, 8, 32])
+def test_quantised_caches_fit_into_their_share_of_the_bytes(ratio):
+    count, width = 512, 16
+    keys, values = NORMAL(jax.random.key(0), (2, count, width))
+    budget = (keys.nbytes + values.nbytes) / ratio
+    for method in (method for method in METHODS if method.bits is not None):
+        try:
+            size = leaderboard_work.pairs_kept(method, count, width, ratio)
+        except ValueError:
+            continue
+        assert size == count or not method.whole
+
+        def weight(size, method=method):
+            coreset = whole_cache(keys[:size], values[:size])
+            if not method.whole:
+                weights = jnp.arange(size, dtype=jnp.float32)
+                coreset = coreset._replace(log_weights=weights)
+            return leaderboard_work.coreset_bytes(coreset, method.bits)
+
+        assert weight(size) <= budget
+        assert method.whole or weight(size + 1) > budget
+
+
+def test_bytes_count_what_answers_depend_on():
+    coreset = whole_cache(jnp.zeros((2, 8, 4)), jnp.zeros((2, 8, 3)))
+    assert leaderboard_work.coreset_bytes(coreset) == 2 * 8 * 7 * 4
+    # One number a head.
+    flat = coreset._replace(log_weights=jnp.zeros((2, 8)) + jnp.arange(2.0)[:, None])
+    assert leaderboard_work.coreset_bytes(flat) == 2 * 8 * 7 * 4
+    weighted = coreset._replace(log_weights=jnp.zeros((2, 8)).at[0, 0].set(1.0))
+    assert leaderboard_work.coreset_bytes(weighted) == 2 * 8 * 8 * 4
+    signed = weighted._replace(normalizers=jnp.ones((2, 8)))
+    assert leaderboard_work.coreset_bytes(signed) == 2 * 8 * 9 * 4
+
+
+def test_errors_are_mean_and_99th_percentile_over_queries():
+    keys, values, queries = NORMAL(jax.random.key(0), (3, 2, 40, 8))
+    coreset = cj.baselines.uniform()(jax.random.key(1), keys, values, size=10)
+    exact = cj.attention(queries, keys, values)
+    mean, tail = leaderboard_work.relative_errors(queries, exact, coreset)
+    for head in range(2):
+        errors = np.linalg.norm(cj.attend(queries, coreset)[head] - exact[head], axis=-1)
+        norm = np.linalg.norm(exact[head], axis=-1).mean()
+        np.testing.assert_allclose(mean[head], errors.mean() / norm, rtol=1e-4)
+        np.testing.assert_allclose(tail[head], np.percentile(errors, 99) / norm, rtol=1e-4)
+
+
+def invented_board(ratios=(4, 8)):
+    """Some figures for every method; one is missing, and one is not finite."""
+    rng = np.random.default_rng(0)
+    entries = {}
+    for method in METHODS:
+        for ratio in ratios:
+            mean, tail = rng.uniform(0.1, 1, (2, 2, 3, 2, 2, 2))
+            bits = rng.uniform(0.01, 0.2, (2, 2, 3, 2))
+            entries[method.name, ratio] = Entry(mean, tail, *bits, rng.uniform(), 1e6 / ratio)
+    failures = {("wildcat_4", 8): "size must be a multiple of bins"}
+    entries.pop(("wildcat_4", 8))
+    entries["kmeans", 4].mean[0, 0, 0, 0, 0] = np.nan
+    exact = {"continuation": 1.5, "repeated": 0.5}
+    return Board(METHODS, list(ratios), ["code", "prose"], entries, failures, exact, 10**6)
+
+
+@pytest.mark.parametrize("name", ["balanced", "nystrom_8"])
+def test_verdict_against_brute_force(name):
+    board = invented_board()
+    ours = BY_NAME[name]
+    rivals = [method for method in METHODS if method.category == ours.category and not method.ours]
+    assert not any(rival.ours for rival in rivals)
+    for metric in ("mean", "tail"):
+        shares = []
+        for ratio, kind, layer, head in np.ndindex(2, 2, 2, 2):
+            ratio = board.ratios[ratio]
+
+            def error(method, ratio=ratio, place=(kind, layer, head)):
+                entry = board.entries.get((method.name, ratio))
+                if entry is None:
+                    return np.inf
+                kind, layer, head = place
+                found = getattr(entry, metric)[kind, :, :, layer, head].mean()  # noqa: B023
+                return found if np.isfinite(found) else np.inf
+
+            shares.append(error(ours) / min(error(rival) for rival in rivals))
+        found = judge(board, ours, 8)
+        np.testing.assert_allclose(np.sort(found.shares[metric]), np.sort(shares))
+        assert found.cells == len(shares)
+    losses = {
+        rival.label: board.entries[rival.name, 8].continuation.mean()
+        for rival in rivals
+        if (rival.name, 8) in board.entries
+    }
+    mine, best, label = judge(board, ours, 8).losses["continuation"]
+    assert mine == pytest.approx(board.entries[name, 8].continuation.mean())
+    assert best == pytest.approx(min(losses.values()))
+    assert losses[label] == pytest.approx(best)
+
+
+def test_every_method_is_in_the_tables_and_the_pictures():
+    board = invented_board()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        print_board(board, 8, "texts", "stamp")
+        print_verdict(board, 8)
+    for method in METHODS:
+        assert printed.getvalue().count(f" {method.title} ") >= 7
+    assert "–: WildCat, 4 bins at 8×: size must be a multiple of bins" in printed.getvalue()
+    assert "–: k-means at 4×: not all figures are finite" in printed.getvalue()
+    errors = draw_errors(board, "texts")
+    # Two panels, each with a number or a dash in every place.
+    shown = [text.get_text() for text in errors.axes[0].texts]
+    assert len(shown) == len(METHODS) * len(board.ratios)
+    assert shown.count("–") == 2
+    pareto = draw_pareto(board, "texts")
+    labels = {line.get_label() for line in pareto.axes[0].lines}
+    assert {method.title for method in METHODS} <= labels
+
+
+def test_best_of_each_class_is_marked():
+    board = invented_board()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        print_board(board, 8, "texts", "stamp")
+    first = printed.getvalue().split("\n\n")[0]
+    table = first[: first.index("texts.")]
+    assert table.count("*") == len(CATEGORIES) * len(board.ratios)
+
+
+def test_cells_name_what_they_depend_on():
+    config = leaderboard_config.get_config("quick")
+    found = leaderboard.cells(config)
+    assert len({str(cell) for cell in found}) == len(found)
+    drawing = sum(method.draws for method in METHODS)
+    config.seeds = (0, 1, 2)
+    more = leaderboard.cells(config)
+    assert len(more) - len(found) == 2 * drawing * len(config.kinds) * len(config.ratios)
+    # Finished cells stay finished where seeds are added.
+    assert {str(cell) for cell in found} <= {str(cell) for cell in more}
+
+
+def test_bad_configurations_are_refused():
+    for change in (
+        {"ratio": 3},
+        {"ratios": (1, 8)},
+        {"fitting_bytes": 5000},
+        {"continuation_bytes": 10},
+        {"seeds": ()},
+    ):
+        config = leaderboard_config.get_config()
+        config.update(change)
+        with pytest.raises(ValueError, match=next(iter(change))):
+            leaderboard.check(config)
+
+
+def test_a_method_that_fails_is_a_dash_and_the_others_go_on(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("out of memory\nat great length")
+
+    config = leaderboard_config.get_config("tiny")
+    broken = Method("broken", "broken", FREE, "", lambda: fails)
+    monkeypatch.setitem(leaderboard_work._BY_NAME, "broken", broken)
+    work = leaderboard_work.Work(config)
+    assert work.compressed("broken", "code", 2, 0) == {"failed": "out of memory"}
+    exact = {"method": "exact", "kind": "code"}
+    cell = {"method": "broken", "kind": "code", "ratio": 2, "seed": 0}
+    figures = {"continuation": [1.0], "repeated": [1.0], "bytes": 8}
+    board = gather([(exact, figures), (cell, {"failed": "out of memory"})], (broken,))
+    assert board.failures == {("broken", 2): "out of memory"}
+    assert not board.entries
+
+
+@pytest.mark.slow
+def test_job_and_its_resumption(tmp_path: pathlib.Path, monkeypatch):
+    config = leaderboard_config.get_config("tiny")
+    config.output = str(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        board = leaderboard.run(config)
+    for name in config.methods:
+        assert BY_NAME[name].title in printed.getvalue()
+    lines = (tmp_path / "leaderboard.jsonl").read_text().splitlines()
+    assert len(lines) == len(leaderboard.cells(config))
+    assert all(json.loads(line)["measurements"] for line in lines)
+    for name in ("leaderboard.png", "pareto.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    # Half of the cache tells more than an eighth, and WildCat's bins do not divide 25.
+    errors = [board.entries["balanced", ratio].mean.mean() for ratio in (2, 8)]
+    assert errors[0] < errors[1]
+    assert "multiple of bins" in board.failures["wildcat_4", 8]
+    # Finished cells are not measured again.
+    monkeypatch.setattr(leaderboard, "Work", None)
+    with contextlib.redirect_stdout(io.StringIO()) as again:
+        leaderboard.run(config)
+    assert again.getvalue() == printed.getvalue()
