@@ -42,7 +42,7 @@ class _Fitted:
         matched = queries is not None
         groups = stretch_count(size, _MOST_MATCHED) if matched and size < keys.shape[-2] else 1
         share = size // groups
-        stretches = stretch_count(share, self.most) if share < keys.shape[-2] // groups else 1
+        stretches = stretch_count(share, self.most) if share < -(-keys.shape[-2] // groups) else 1
 
         def of_each(radius: ArrayLike | None, *axes: int) -> ArrayLike | None:
             """A radius for all stretches, in the order in which they are cut."""
@@ -85,7 +85,7 @@ def fitted(
     steps: int = 3,
     most: int = 512,
 ) -> Compressor:
-    """What errs least for its size: pivots, moved and refitted, and matched to sample queries.
+    """What mostly errs least for its size: pivots, moved and refitted, and matched to samples.
 
     :func:`coreset_jax.pivots.pivoted` picks the keys, :func:`coreset_jax.refit.relocation` moves
     them and fits what stands behind them to the whole cache, and where sample queries are given
@@ -108,7 +108,8 @@ def fitted(
 
     Returns:
       A :class:`~coreset_jax.coreset.Compressor`. Weights of a head sum to its length; keys and
-      values are in the dtype of the cache, and those of heavy pairs bit-identical to it.
+      values are in the dtype of the cache. Heads are worked through one after another: call it
+      inside ``jax.shard_map`` where they are sharded.
 
     Raises:
       ValueError: on bad options here; when called, as :func:`coreset_jax.compression.balanced`.

@@ -390,8 +390,9 @@ def pivoted(
       A :class:`~coreset_jax.coreset.Compressor`. Keys and values are bit-identical to the
       source, weights of a head sum to its length, and one with a NaN or an infinity gets NaN
       log-weights. Time is linear in the pivots, :math:`O(b^2)` for each of them with a ``bin_size``
-      of :math:`b`, and memory beside the cache a factor of :math:`8 b^2` numbers for every head
-      that is looked at.
+      of :math:`b`, and memory beside the cache a factor of :math:`\max(4b, 2048)\, b` numbers.
+      Heads are worked through one after another: call it inside ``jax.shard_map`` where they are
+      sharded.
 
     Raises:
       ValueError: on bad options here; on ill-fitting shapes, a ``size`` below 1, ``lengths``

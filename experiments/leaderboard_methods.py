@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import coreset_jax as cj
 from coreset_jax import baselines, refit
@@ -78,10 +78,16 @@ def _nystrom() -> cj.Compressor:
     return refit.nystrom(cj.balanced())
 
 
-def _matched() -> cj.Compressor:
-    """What `cj.fitted` does with sample queries, and refuses to do without."""
-    moved = cj.stretched(refit.relocation(cj.pivoted()))
-    return cj.stretched(refit.matching(moved), most=2048)
+class _Matched(NamedTuple):
+    """`cj.fitted` with sample queries, which it can do without and this cannot."""
+
+    fitted: cj.Compressor = cj.fitted()
+
+    def __call__(self, *arguments: Any, queries: Any = None, **options: Any) -> cj.Coreset:
+        """Compresses, given queries."""
+        if queries is None:
+            raise ValueError("queries must be given to be matched.")
+        return self.fitted(*arguments, queries=queries, **options)
 
 
 _WILDCAT_4 = functools.partial(baselines.wildcat, bins=4)
@@ -119,7 +125,7 @@ METHODS = (
     ),
     Method("top_attention", "top attention", INFORMED, "subset", baselines.top_attention),
     Method("attention_matching", "attention matching", INFORMED, "", baselines.attention_matching),
-    Method("matched", "fitted and matched", INFORMED, "ours draws", _matched),
+    Method("matched", "fitted and matched", INFORMED, "ours draws", _Matched),
     Method("quantised_8", "whole cache, 8 bits", QUANTISED, "whole", _WHOLE_8, 8),
     Method("quantised_4", "whole cache, 4 bits", QUANTISED, "whole", _WHOLE_4, 4),
     Method(

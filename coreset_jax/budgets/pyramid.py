@@ -41,7 +41,10 @@ def layer_budgets(layers: int, size: int, count: int, beta: float) -> tuple[int,
     # Rounding must not take a pair from a budget that is whole.
     budgets = [int(first - fall * layer + 1e-6) for layer in range(layers)]
     left = layers * size - sum(budgets)
-    return tuple(min(each + (layer < left), count) for layer, each in enumerate(budgets))
+    # To the first layers that still have a pair to spare.
+    for layer in [layer for layer, each in enumerate(budgets) if each < count][:left]:
+        budgets[layer] += 1
+    return tuple(budgets)
 
 
 @dataclasses.dataclass(frozen=True)

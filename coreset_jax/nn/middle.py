@@ -9,6 +9,7 @@ from coreset_jax.fitted import fitted
 from coreset_jax.nn.config import CacheConfig
 from coreset_jax.nn.grouped import grouped
 from coreset_jax.nn.stretch import Stretch
+from coreset_jax.refit.relocate import kernel_entries
 from coreset_jax.refit.wrapper import heads_at_once
 from coreset_jax.sketch import Pairs
 from coreset_jax.summary import Summary
@@ -68,8 +69,8 @@ def compress(
             settings,
         )
 
-    # A few sequences after another: a refit holds a matrix of all pairs by all for every head.
-    at_once = max(heads_at_once(config.middle**2) // kv_heads, 1)
+    # A few sequences after another: a fit holds kernels of many pairs for every head.
+    at_once = max(heads_at_once(kernel_entries(keys.shape[2], config.middle)) // kv_heads, 1)
     if keys.shape[0] <= at_once:
         return jax.vmap(one_sequence)(keys, values, counts, sample)
     sequences = (keys, values, counts, sample)

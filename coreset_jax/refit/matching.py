@@ -187,8 +187,6 @@ def _match_head(
 
     masses = jnp.where(held, after[:, -1], 1)
     log_weights = jnp.where(held, jnp.log(masses) - lift, -jnp.inf)
-    # And here the one with which weights stand for the pairs of the cache.
-    log_weights += jnp.log(length.astype(dtype)) - jax.nn.logsumexp(log_weights)
     chosen = geometry.restore_values(after[:, :-1] / masses[:, None])
     return unless_worse(hearing, length, coreset, chosen, log_weights)
 
@@ -284,9 +282,9 @@ def matching(
 
     Returns:
       A :class:`~coreset_jax.coreset.Compressor` that wants sample queries. Keys are the
-      compressor's, bit by bit; values are not the source's any more, and weights of a head that was
-      corrected sum to its length. A head with a NaN or an infinity among its samples gets NaN
-      log-weights. Time is that of ``q * n`` scores and :math:`O((q + m) m^2)` a head; memory a few
+      compressor's, bit by bit; values are not the source's any more, and weights need not sum to
+      the length: their mass is what the samples say. A head with a NaN or an infinity among its
+      samples gets NaN log-weights. Time is that of ``q * n`` scores and :math:`O((q + m) m^2)` a head; memory a few
       ``q * m`` and ``m * m`` matrices for a few heads at a time.
 
     Raises:

@@ -44,6 +44,11 @@ _LONGEST_STEP = 0.5
 
 # No key stands for less than this part of a pair.
 _LEAST_WEIGHT = 0.1
+
+# No value lies further out than so many times the farthest of the cache.
+_FARTHEST_VALUE = 4.0
+
+# How often masses are fitted again to those that are held.
 _MASS_ROUNDS = 2
 
 
@@ -226,6 +231,7 @@ def _relocate_head(
     """The coreset of one head, moved and fitted."""
     count, size = keys.shape[0], coreset.keys.shape[0]
     inside = jnp.arange(count) < length
+    source_keys, source_values = keys, values
     # Padding may hold anything.
     keys = jnp.where(inside[:, None], keys, jnp.zeros_like(keys))
     values = jnp.where(inside[:, None], values, jnp.zeros_like(values))
@@ -270,27 +276,38 @@ def _relocate_head(
         marks = jnp.where(free[:, None], root * geometry.keys(chosen_keys), 0)
         last = best_columns(source, marks, free)
 
-    # Columns are lowered to those of the exponential kernel again, and masses held above zero.
-    after = last.columns / lift(marks)
-    lifts = lift(marks)[:, 0]
-    masses = least_masses(last, free, _LEAST_WEIGHT * lifts) / lifts
-    masses = jnp.where(free, masses, _LEAST_WEIGHT)
-    after = after.at[:, -1].set(masses)
-    better = last.captured(lift(marks) * after) > first.captured(before)
+    # Columns are lowered to those of the exponential kernel again. Masses are held above zero, and
+    # above what would take a value far out of the range of all others.
+    lifts = lift(marks)
+    reach = jnp.sqrt(jnp.sum(jnp.square(last.columns[:, :-1]), axis=-1))
+    least = jnp.maximum(
+        _LEAST_WEIGHT * lifts[:, 0], reach / (_FARTHEST_VALUE * geometry.value_gain)
+    )
+    masses = least_masses(last, free, least)
+    divisors = jnp.where(free, masses, 1)[:, None]
+    chosen_values = geometry.restore_values(last.columns[:, :-1] / divisors)
+    chosen_values = chosen_values.astype(coreset.values.dtype)
+    # What is judged is what is returned, rounded.
+    after = masses[:, None] * columns_of(geometry, chosen_values)
+    better = last.captured(jnp.where(free[:, None], after, 0)) > first.captured(before)
     better &= jnp.sum(held) < length
     moved = (better & free)[:, None]
-    chosen_values = geometry.restore_values(after[:, :-1] / masses[:, None])
-    log_weights = jnp.where(free, jnp.log(masses), jnp.where(still, 0, -jnp.inf))
+    log_weights = jnp.where(free, jnp.log(divisors[:, 0] / lifts[:, 0]), -jnp.inf)
+    log_weights = jnp.where(still, 0, log_weights)
+    stay = (better & still)[:, None]
+    places = jnp.minimum(places, count - 1)
     return coreset._replace(
-        keys=jnp.where(moved, chosen_keys, coreset.keys),
-        values=jnp.where(moved, chosen_values.astype(coreset.values.dtype), coreset.values),
+        keys=jnp.where(moved, chosen_keys, jnp.where(stay, source_keys[places], coreset.keys)),
+        values=jnp.where(
+            moved, chosen_values, jnp.where(stay, source_values[places], coreset.values)
+        ),
         log_weights=jnp.where(
             better, log_weights.astype(coreset.log_weights.dtype), coreset.log_weights
         ),
     )
 
 
-def _kernels(count: int, size: int) -> int:
+def kernel_entries(count: int, size: int) -> int:
     """Entries of the kernels that a head holds, many times what they are.
 
     A processor is busy with the products of one head; those of several at once are only slower.
@@ -333,7 +350,7 @@ def relocation(
     Returns:
       A :class:`~coreset_jax.coreset.Compressor`. Neither keys nor values are the source's any
       more, ``indices`` say where a key came from, and weights need not sum to the length. Time is
-      that of ``2 * steps + 1`` passes of ``n * m`` kernel values and of ``steps + 1`` Cholesky
+      that of ``2 * steps + 1`` passes of ``n * m`` kernel values and of ``steps + 3`` Cholesky
       factors a head; memory a few ``m * m`` and ``2048 * m`` matrices for a few heads at a time.
 
     Raises:
@@ -357,7 +374,7 @@ def relocation(
         compressor,
         _relocate_head,
         settings,
-        _kernels,
+        kernel_entries,
         rho=rho,
         query_norm=query_norm,
         kernel_radius=kernel_radius,

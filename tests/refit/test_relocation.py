@@ -134,6 +134,10 @@ def test_never_much_worse_and_mostly_far_better(start):
         after = compressor(jax.random.key(seed), keys, values, size=12)
         assert bool(jnp.all(jnp.isfinite(after.keys)))
         assert bool(jnp.all(jnp.isfinite(after.values)))
+        # No value is far from where all others are.
+        center = jnp.mean(values, axis=1, keepdims=True)
+        farthest = jnp.max(jnp.linalg.norm(values - center, axis=-1), axis=-1, keepdims=True)
+        assert np.all(jnp.linalg.norm(after.values - center, axis=-1) <= 4.01 * farthest + 1e-5)
         # Where keys lie beyond the reach of the kernel of the fit, it does not speak for others.
         for head in (0, 1, 2, 4):
             first, second = (
@@ -166,6 +170,25 @@ def test_heavy_pairs_stay_what_they_are():
     weights = np.exp(coreset.log_weights)
     np.testing.assert_array_equal(weights[places], 1)
     assert not np.array_equal(coreset.keys, keys[coreset.indices])
+
+
+def test_heavy_pairs_come_from_the_source_whatever_they_were_made_into():
+    keys, values = jax.random.normal(RNG, (2, 400, 8))
+    far = jnp.array([7, 123, 399])
+    keys = keys.at[far].mul(8)
+    rounded = cj.baselines.quantised(cj.pivoted(), bits=2)
+    coreset = cj.refit.relocation(rounded)(RNG, keys, values, size=40)
+    places = jnp.searchsorted(coreset.indices, far)
+    np.testing.assert_array_equal(coreset.keys[places], keys[far])
+    np.testing.assert_array_equal(coreset.values[places], values[far])
+
+
+def test_large_values_in_a_narrow_dtype_stay_finite():
+    keys, values = jax.random.normal(RNG, (2, 1024, 16))
+    for factor, dtype in ((3000, jnp.float16), (1e37, jnp.float32)):
+        coreset = cj.fitted()(RNG, keys.astype(dtype), (factor * values).astype(dtype), size=64)
+        assert bool(jnp.all(jnp.isfinite(coreset.values)))
+        assert bool(jnp.all(jnp.isfinite(cj.attend(keys[:9].astype(dtype), coreset))))
 
 
 def test_without_steps_keys_stay():
