@@ -285,7 +285,8 @@ def matching(
       compressor's, bit by bit; values are not the source's any more, and weights need not sum to
       the length: their mass is what the samples say. A head with a NaN or an infinity among its
       samples gets NaN log-weights. Time is that of ``q * n`` scores and
-      :math:`O((q + m) m^2)` a head; memory a few ``q * m`` and ``m * m`` matrices for a few heads at a time.
+      :math:`O((q + m) m^2)` a head; memory a few ``q * m`` and ``m * m`` matrices for a few heads
+      at a time.
 
     Raises:
       ValueError: on bad options here; when called, as ``compressor`` does, if ``queries`` are not
