@@ -58,7 +58,7 @@ def visits(length: int, size: int) -> int:
 @functools.partial(jax.jit, static_argnames="size")
 def floor(
     keys: Float[Array, "heads n d"], values: Float[Array, "heads n dv"], *, size: int
-) -> Float[Array, "heads l dv1"]:
+) -> Float[Array, "heads dv1 l"]:
     """The matrix products of a compression, and nothing else."""
     length, width = keys.shape[1], values.shape[-1]
     dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -75,13 +75,13 @@ def floor(
             key_gram = dot(block_keys, block_keys.T)
             value_gram = dot(block_values, block_values.T)
             kernel = dot(block_keys, landmarks.T)
-            read = dot(kernel, dot(solver, moments))
-            update = dot(kernel.T, jnp.concatenate([block_values, ones], axis=-1))
+            read = dot(kernel, dot(moments, solver).T)
+            update = dot(jnp.concatenate([block_values, ones], axis=-1).T, kernel)
             # Everything has to be computed, and nothing may grow.
             used = jnp.sum(key_gram) + jnp.sum(value_gram) + jnp.sum(read)
             return update + 1e-30 * used
 
-        start = jnp.zeros((LANDMARKS, width + 1), keys.dtype)
+        start = jnp.zeros((width + 1, LANDMARKS), keys.dtype)
         return jax.lax.fori_loop(0, visits(length, size), visit, start)
 
     return jax.vmap(one_head)(keys, values)

@@ -101,13 +101,13 @@ class LandmarkField(NamedTuple):
       landmarks: unit keys ``[l, d]``.
       radius: kernel radius, a scalar.
       solver: :math:`(E_{LL} + \lambda I)^{-1}`, ``[l, l]``.
-      moments: :math:`F`, ``[l, dv + 1]``.
+      moments: :math:`F^\top`, ``[dv + 1, l]``: the products with it run along its rows.
     """
 
     landmarks: Float[Array, "l d"]
     radius: Float[Array, ""]
     solver: Float[Array, "l l"]
-    moments: Float[Array, "l dv1"]
+    moments: Float[Array, "dv1 l"]
 
     @classmethod
     def empty(
@@ -129,7 +129,7 @@ class LandmarkField(NamedTuple):
         gram = exponential_kernel(landmarks, landmarks, radius)
         solver = regularized_inverse(gram, ridge)
         # Derived from the landmarks, so that it varies over the same mesh axes.
-        moments = jnp.zeros_like(landmarks, shape=(landmarks.shape[0], value_width + 1))
+        moments = jnp.zeros_like(landmarks, shape=(value_width + 1, landmarks.shape[0]))
         return cls(landmarks, radius, solver, moments)
 
     def gram(self, pairs: UnitPairs) -> Float[Array, "b b"]:
@@ -139,8 +139,9 @@ class LandmarkField(NamedTuple):
     def read(self, pairs: UnitPairs) -> Float[Array, " b"]:
         """The pull on each pair."""
         kernel = exponential_kernel(pairs.keys, self.landmarks, self.radius)
-        solved = jnp.matmul(self.solver, self.moments, precision=HIGHEST)
-        pulls = jnp.matmul(kernel, solved, precision=HIGHEST)
+        # The solver is symmetric.
+        solved = jnp.matmul(self.moments, self.solver, precision=HIGHEST)
+        pulls = jnp.matmul(kernel, solved.T, precision=HIGHEST)
         return (jnp.sum(pulls[:, :-1] * pairs.values, axis=-1) + pulls[:, -1]) / 2.0
 
     def add(self, pairs: UnitPairs, signs: Float[Array, " b"]) -> "LandmarkField":
@@ -148,7 +149,7 @@ class LandmarkField(NamedTuple):
         kernel = exponential_kernel(pairs.keys, self.landmarks, self.radius)
         ones = jnp.ones_like(pairs.values[:, :1])
         signed = signs[:, None] * jnp.concatenate([pairs.values, ones], axis=-1)
-        return self._replace(moments=self.moments + jnp.matmul(kernel.T, signed, precision=HIGHEST))
+        return self._replace(moments=self.moments + jnp.matmul(signed.T, kernel, precision=HIGHEST))
 
     def halve(self) -> "LandmarkField":
         """The field of half the discrepancy."""

@@ -310,18 +310,19 @@ def swap_refinement(
       Signs ``[b]`` of no higher energy.
     """
     diagonal = jnp.diagonal(gram)
+    places = jnp.arange(gram.shape[0], dtype=jnp.int32)
 
     def improve(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         swaps, signs, pull, _ = state
-        drop = jnp.argmax(jnp.where(signs > 0, pull - diagonal, -jnp.inf))
+        drop = _first_largest(jnp.where(signs > 0, pull - diagonal, -jnp.inf))
         row = gram[drop]
         change = jnp.where(signs < 0, pull + diagonal - 2 * row, jnp.inf)
-        take = jnp.argmin(change)
+        take = _first_largest(-change)
         # Rounding must not let two swaps undo each other forever.
         tolerance = 1e-6 * (diagonal[drop] + diagonal[take])
         better = change[take] - pull[drop] + diagonal[drop] < -tolerance
         step = jnp.where(better, 2.0, 0.0).astype(pull.dtype)
-        signs = signs.at[drop].add(-step).at[take].add(step)
+        signs = signs + step * ((places == take).astype(step.dtype) - (places == drop))
         return swaps + 1, signs, pull + step * (gram[take] - row), better
 
     def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
@@ -331,3 +332,13 @@ def swap_refinement(
     pull = field + jnp.matmul(gram, signs, precision=jax.lax.Precision.HIGHEST)
     start = (jnp.zeros((), jnp.int32), signs, pull, jnp.any(signs > 0))
     return jax.lax.while_loop(unfinished, improve, start)[1]
+
+
+def _first_largest(numbers: Float[Array, " b"]) -> Int[Array, ""]:
+    """The place of the largest number, by two plain reductions.
+
+    An ``argmax`` reduces pairs, which XLA does not vectorise on CPU: it took most of a swap.
+    """
+    places = jnp.arange(numbers.shape[0], dtype=jnp.int32)
+    last = numbers.shape[0] - 1
+    return jnp.min(jnp.where(numbers == jnp.max(numbers), places, last))
