@@ -17,6 +17,10 @@ from coreset_jax.stretches import stretch_count, stretched
 # Sample queries are matched by so many pairs together: what one is given is taken from the others.
 _MOST_MATCHED = 2048
 
+# Of the pairs that are fitted together, so many are moved together: neighbours in a text are alike,
+# and the passes over the cache that moves take are those of a stretch.
+_MOST_MOVED = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class _Fitted:
@@ -40,9 +44,13 @@ class _Fitted:
         validation.check_size(size)
         check_radius(keys, self.rho, self.query_norm, queries, self.scale)
         matched = queries is not None
-        groups = stretch_count(size, _MOST_MATCHED) if matched and size < keys.shape[-2] else 1
-        share = size // groups
-        stretches = stretch_count(share, self.most) if share < -(-keys.shape[-2] // groups) else 1
+        moved = min(self.most, _MOST_MOVED)
+        count = keys.shape[-2]
+        groups = stretch_count(size, _MOST_MATCHED) if matched and size < count else 1
+        share, count = size // groups, -(-count // groups)
+        stretches = stretch_count(share, self.most) if share < count else 1
+        share, count = share // stretches, -(-count // stretches)
+        parts = stretch_count(share, moved) if share < count else 1
 
         def of_each(radius: ArrayLike | None, *axes: int) -> ArrayLike | None:
             """A radius for all stretches, in the order in which they are cut."""
@@ -59,8 +67,11 @@ class _Fitted:
                 "scale": self.scale,
             }
 
-        radius = options(groups, stretches)
+        radius = options(groups, stretches, parts)
         compressor = refit.relocation(pivoted(**radius), steps=self.steps, **radius)
+        if parts > 1:
+            compressor = stretched(compressor, most=moved)
+            compressor = refit.relocation(compressor, steps=0, **options(groups, stretches))
         compressor = stretched(compressor, most=self.most)
         if matched:
             compressor = refit.matching(compressor, **options(groups))
@@ -88,10 +99,11 @@ def fitted(
     """What mostly errs least for its size: pivots, moved and refitted, and matched to samples.
 
     :func:`coreset_jax.pivots.pivoted` picks the keys, :func:`coreset_jax.refit.relocation` moves
-    them and fits what stands behind them to the whole cache, and where sample queries are given
+    them and fits what stands behind them to the cache, and where sample queries are given
     :func:`coreset_jax.refit.matching` corrects that by what they hear. The sequence is cut into
     stretches for that (:func:`coreset_jax.stretches.stretched`): time is linear in the length, and
-    neighbours in a text are alike, so that a fit of their own serves them better.
+    neighbours in a text are alike, so that a fit of their own serves them better. Keys move in
+    stretches of at most 256, and what stands behind them is fitted in stretches of at most ``most``.
     ``docs/selection.md`` and ``docs/leaderboard.md`` say what else was measured.
 
     Its coresets are no subsets: where pairs must be those of the cache,
@@ -104,7 +116,7 @@ def fitted(
         the call's sample ``queries`` decide, and without them ``sqrt(d)``.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
       steps: of the relocation.
-      most: pairs that are kept of a stretch at most.
+      most: pairs that are fitted together at most.
 
     Returns:
       A :class:`~coreset_jax.coreset.Compressor`. Weights of a head sum to its length; keys and

@@ -27,7 +27,11 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 # Pairs that may become pivots, for each that will, and no fewer than so many in all.
 _CANDIDATES = 4
-_FEWEST_CANDIDATES = 2048
+_FEWEST_CANDIDATES = 1024
+
+# They are drawn in proportion to this power of their importance: with the whole of it, clusters
+# of little importance are forgotten where few pairs are kept; with none, what lies far out.
+_CANDIDATE_POWER = 0.75
 
 # Residuals below so many roundings are rounding.
 _ROUNDINGS = 512
@@ -241,7 +245,7 @@ def _pivot_head(
     candidates = min(count, max(_CANDIDATES * size, _FEWEST_CANDIDATES))
     scores = light
     if candidates < count:
-        scores = light + jax.random.gumbel(candidate_rng, (count,), light.dtype)
+        scores = _CANDIDATE_POWER * light + jax.random.gumbel(candidate_rng, (count,), light.dtype)
     scores, places = jax.lax.top_k(scores, candidates)
     # In the order of the sequence, behind them what cannot be drawn.
     places = jnp.sort(jnp.where(jnp.isfinite(scores), places, count)).astype(jnp.int32)
@@ -373,7 +377,7 @@ def pivoted(
 
     Heavy pairs (:func:`heavy_pairs`) are kept in any case. The others are pivots, drawn with
     probability in proportion to what those before them leave of a pair, times its importance
-    (:func:`cholesky_pivots`), from ``4 * size`` candidates, or 2048 if that is more.
+    (:func:`cholesky_pivots`), from ``4 * size`` candidates, or 1024 if that is more.
 
     Args:
       rho: the radius of unit queries, a scalar or ``[...]``; see
@@ -390,7 +394,7 @@ def pivoted(
       A :class:`~coreset_jax.coreset.Compressor`. Keys and values are bit-identical to the
       source, weights of a head sum to its length, and one with a NaN or an infinity gets NaN
       log-weights. Time is linear in the pivots, :math:`O(b^2)` for each of them with a ``bin_size``
-      of :math:`b`, and memory beside the cache a factor of :math:`\max(4b, 2048)\, b` numbers.
+      of :math:`b`, and memory beside the cache a factor of :math:`\max(4b, 1024)\, b` numbers.
       Heads are worked through one after another: call it inside ``jax.shard_map`` where they are
       sharded.
 
