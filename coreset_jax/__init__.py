@@ -6,6 +6,7 @@ from coreset_jax.attention import attention
 from coreset_jax.certified import Certified, OutOfReachError, compress
 from coreset_jax.compression import balanced
 from coreset_jax.coreset import Compressor, Coreset, attend
+from coreset_jax.ends import with_ends
 from coreset_jax.fitted import fitted
 from coreset_jax.pivots import pivoted
 from coreset_jax.stretches import stretched
@@ -30,4 +31,5 @@ __all__ = [
     "streaming",
     "stretched",
     "walks",
+    "with_ends",
 ]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from coreset_jax import refit, validation
 from coreset_jax.coreset import Compressor, Coreset
+from coreset_jax.ends import check_share, with_ends
 from coreset_jax.pivots import pivoted
 from coreset_jax.problem import check_radius
 from coreset_jax.stretches import stretch_count, stretched
@@ -23,7 +24,9 @@ _MOST_MOVED = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fitted:
+class _Moved:
+    """What is done with the pairs between the ends; its weights do not sum to their number."""
+
     rho: ArrayLike | None
     query_norm: ArrayLike | None
     scale: float | None
@@ -40,9 +43,6 @@ class _Fitted:
         lengths: Int[Array, "*heads"] | None = None,
         queries: Float[Array, "*heads q d"] | None = None,
     ) -> Coreset:
-        validation.check_cache(keys, values)
-        validation.check_size(size)
-        check_radius(keys, self.rho, self.query_norm, queries, self.scale)
         matched = queries is not None
         moved = min(self.most, _MOST_MOVED)
         count = keys.shape[-2]
@@ -76,6 +76,29 @@ class _Fitted:
         if matched:
             compressor = refit.matching(compressor, **options(groups))
             compressor = stretched(compressor, most=_MOST_MATCHED)
+        return compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fitted:
+    moved: _Moved
+    sinks: int
+    recent: float
+
+    def __call__(
+        self,
+        rng: Array,
+        keys: Float[Array, "*heads n d"],
+        values: Float[Array, "*heads n dv"],
+        *,
+        size: int,
+        lengths: Int[Array, "*heads"] | None = None,
+        queries: Float[Array, "*heads q d"] | None = None,
+    ) -> Coreset:
+        validation.check_cache(keys, values)
+        validation.check_size(size)
+        check_radius(keys, self.moved.rho, self.moved.query_norm, queries, self.moved.scale)
+        compressor = with_ends(self.moved, sinks=self.sinks, recent=self.recent)
         coreset = compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)
         return _standing_for(coreset, keys.shape[-2] if lengths is None else lengths)
 
@@ -95,6 +118,8 @@ def fitted(
     scale: float | None = None,
     steps: int = 3,
     most: int = 512,
+    sinks: int = 4,
+    recent: float = 0.25,
 ) -> Compressor:
     """What mostly errs least for its size: pivots, moved and refitted, and matched to samples.
 
@@ -102,9 +127,13 @@ def fitted(
     them and fits what stands behind them to the cache, and where sample queries are given
     :func:`coreset_jax.refit.matching` corrects that by what they hear. The sequence is cut into
     stretches for that (:func:`coreset_jax.stretches.stretched`): time is linear in the length, and
-    neighbours in a text are alike, so that a fit of their own serves them better. Keys move in
-    stretches of at most 256, and what stands behind them is fitted in stretches of at most ``most``.
+    neighbours in a text are alike, so that a fit of their own serves them better. Keys move 256 at
+    a time, and what stands behind them is fitted ``most`` at a time.
     ``docs/selection.md`` and ``docs/leaderboard.md`` say what else was measured.
+
+    The first and the last pairs of the cache are kept as they are
+    (:func:`coreset_jax.ends.with_ends`), for what comes next asks most of them. Where pairs have no
+    order, or a window is kept elsewhere, set ``sinks`` and ``recent`` to 0.
 
     Its coresets are no subsets: where pairs must be those of the cache,
     :func:`coreset_jax.compression.balanced` is the method.
@@ -117,6 +146,8 @@ def fitted(
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
       steps: of the relocation.
       most: pairs that are fitted together at most.
+      sinks: the first pairs that are kept; of few slots no more than an eighth.
+      recent: the share of the slots that goes to the last pairs.
 
     Returns:
       A :class:`~coreset_jax.coreset.Compressor`. Weights of a head sum to its length; keys and
@@ -135,4 +166,6 @@ def fitted(
     scale = validation.static_float("scale", scale)
     validation.check_count("steps", steps, 0)
     validation.check_count("most", most)
-    return _Fitted(rho, query_norm, scale, int(steps), int(most))
+    validation.check_count("sinks", sinks, 0)
+    moved = _Moved(rho, query_norm, scale, int(steps), int(most))
+    return _Fitted(moved, int(sinks), check_share("recent", recent))

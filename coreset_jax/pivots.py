@@ -39,8 +39,8 @@ _ROUNDINGS = 512
 # A draw that adds nothing is drawn again, but not for ever.
 _MOST_ROUNDS = 64
 
-# Of the slots, heavy pairs may take no more than so many quarters.
-_HEAVY_QUARTERS = 3
+# Of the slots, heavy pairs may take no more than so many eighths.
+_HEAVY_EIGHTHS = 7
 
 
 class _Settings(NamedTuple):
@@ -73,7 +73,7 @@ def heavy_pairs(importance: Float[Array, " n"], size: int) -> Bool[Array, " n"]:
     .. math:: p_i \ge \tau, \qquad \sum_i \min(1, p_i / \tau) = \mathrm{size}
 
     They would be worth a slot each even if every other slot were shared evenly among the rest. No
-    more than three quarters of the slots are given away like this, to the heaviest.
+    more than seven eighths of the slots are given away like this, to the heaviest.
 
     Args:
       importance: logarithms of the importance ``[n]``, as from :func:`log_importance`.
@@ -86,7 +86,7 @@ def heavy_pairs(importance: Float[Array, " n"], size: int) -> Bool[Array, " n"]:
     # Summed from the lightest, so that the tail is not what rounding leaves of the whole.
     tails = jnp.flip(jnp.cumsum(jnp.flip(shares)))
     certain = shares * (size - places).astype(shares.dtype) >= tails
-    certain &= places < size * _HEAVY_QUARTERS // 4
+    certain &= places < size * _HEAVY_EIGHTHS // 8
     held = jnp.sum(jnp.cumprod(certain.astype(jnp.int32)))
     _, ranks = jax.lax.sort((order, places), num_keys=1)
     return (ranks < held) & jnp.isfinite(importance)

@@ -74,6 +74,12 @@ def _corrected() -> cj.Compressor:
     return baselines.balance_kv(corrected=True)
 
 
+def _balanced_ends() -> cj.Compressor:
+    # What prompts of this length can afford: the exact field takes n^2 products.
+    between = cj.balanced(block_size=1024, max_swaps=512, landmarks=None)
+    return cj.with_ends(between, recent=0.125)
+
+
 def _nystrom() -> cj.Compressor:
     return refit.nystrom(cj.balanced())
 
@@ -105,6 +111,7 @@ METHODS = (
     Method("wildcat", "WildCat, 1 bin", FREE, "draws", baselines.wildcat),
     Method("wildcat_4", "WildCat, 4 bins", FREE, "draws", _WILDCAT_4),
     Method("balanced", "balanced", FREE, "ours subset draws", cj.balanced),
+    Method("balanced_ends", "balanced, ends kept", FREE, "ours subset draws", _balanced_ends),
     Method(
         "log_weights",
         "balanced, weights refitted",

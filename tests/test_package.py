@@ -41,6 +41,7 @@ FLOORS = {
     "guarantees": 4,
     "baselines": 4,
     "stretches": 4,
+    "ends": 4,
     "fitted": 5,
     "budgets": 5,
     "certified": 5,

@@ -26,7 +26,7 @@ def certain_by_hand(importance, size):
     held = np.zeros(len(shares), bool)
     for index in np.argsort(-shares, kind="stable"):
         left = size - held.sum()
-        if held.sum() >= 3 * size // 4 or shares[index] * left < shares[~held].sum():
+        if held.sum() >= 7 * size // 8 or shares[index] * left < shares[~held].sum():
             break
         held[index] = True
     return held

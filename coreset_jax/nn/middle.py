@@ -45,7 +45,8 @@ def compress(
     compressor = config.compressor
     if compressor is None:
         norm, scale = settings.query_norm, settings.scale
-        compressor = fitted(query_norm=norm, scale=scale)
+        # The cache keeps both ends itself.
+        compressor = fitted(query_norm=norm, scale=scale, sinks=0, recent=0)
     sample = None if queries is None else grouped(queries, kv_heads)
 
     # The same random key for every sequence: what it is batched with must not matter.
