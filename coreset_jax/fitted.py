@@ -1,6 +1,7 @@
 """The default: pivots that are moved, with weights and values fitted behind them."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,10 +10,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from coreset_jax import refit, validation
+from coreset_jax.attention import accumulation_dtype
 from coreset_jax.coreset import Compressor, Coreset
-from coreset_jax.ends import check_share, with_ends
+from coreset_jax.ends import with_ends
 from coreset_jax.pivots import pivoted
-from coreset_jax.problem import check_radius
+from coreset_jax.problem import check_radius, reduce
 from coreset_jax.stretches import stretch_count, stretched
 
 # Sample queries are matched by so many pairs together: what one is given is taken from the others.
@@ -25,9 +27,6 @@ _MOST_MOVED = 256
 
 @dataclasses.dataclass(frozen=True)
 class _Moved:
-    """What is done with the pairs between the ends; its weights do not sum to their number."""
-
-    rho: ArrayLike | None
     query_norm: ArrayLike | None
     scale: float | None
     steps: int
@@ -62,7 +61,6 @@ class _Moved:
 
         def options(*axes: int) -> dict[str, Any]:
             return {
-                "rho": of_each(self.rho, *axes),
                 "query_norm": of_each(self.query_norm, *axes),
                 "scale": self.scale,
             }
@@ -79,8 +77,46 @@ class _Moved:
         return compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)
 
 
+def moved_pairs(
+    *,
+    query_norm: ArrayLike | None = None,
+    scale: float | None = None,
+    steps: int = 3,
+    most: int = 512,
+) -> Compressor:
+    """What :func:`fitted` does with the pairs between the ends.
+
+    Weights are those of the fit, and sum to the number of pairs only as well as it fits: they can
+    stand beside pairs of weight one. Options are those of :func:`fitted`, unchecked.
+    """
+    return _Moved(query_norm, scale, steps, most)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _query_norms(
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    rho: Float[Array, "*heads"],
+    lengths: Int[Array, "*heads"],
+    *,
+    scale: float | None,
+) -> Float[Array, "*heads"]:
+    """Norms of raw queries that have these radii in the whole cache: its parts have other units."""
+
+    def one_head(keys: Array, values: Array, rho: Array, length: Array) -> Array:
+        reduction = reduce(keys, values, rho=rho, scale=scale, lengths=length)
+        norm = reduction.rho / (reduction.scale * reduction.key_radius)
+        # A head with a NaN says so elsewhere.
+        return jnp.where(jnp.isfinite(norm) & (norm > 0), norm, jnp.ones_like(norm))
+
+    for _ in keys.shape[:-2]:
+        one_head = jax.vmap(one_head)
+    return one_head(keys, values, rho, lengths)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Fitted:
+    rho: ArrayLike | None
     moved: _Moved
     sinks: int
     recent: float
@@ -97,8 +133,17 @@ class _Fitted:
     ) -> Coreset:
         validation.check_cache(keys, values)
         validation.check_size(size)
-        check_radius(keys, self.moved.rho, self.moved.query_norm, queries, self.moved.scale)
-        compressor = with_ends(self.moved, sinks=self.sinks, recent=self.recent)
+        validation.check_lengths(lengths, keys)
+        moved = self.moved
+        check_radius(keys, self.rho, moved.query_norm, queries, moved.scale)
+        if self.rho is not None:
+            leading, count = keys.shape[:-2], keys.shape[-2]
+            rho = jnp.asarray(self.rho, accumulation_dtype(keys, values))
+            counts = jnp.asarray(count if lengths is None else lengths).astype(jnp.int32)
+            of_heads = (jnp.broadcast_to(each, leading) for each in (rho, counts))
+            norms = _query_norms(keys, values, *of_heads, scale=moved.scale)
+            moved = dataclasses.replace(moved, query_norm=norms)
+        compressor = with_ends(moved, sinks=self.sinks, recent=self.recent)
         coreset = compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)
         return _standing_for(coreset, keys.shape[-2] if lengths is None else lengths)
 
@@ -119,7 +164,7 @@ def fitted(
     steps: int = 3,
     most: int = 512,
     sinks: int = 4,
-    recent: float = 0.25,
+    recent: float = 0.125,
 ) -> Compressor:
     """What mostly errs least for its size: pivots, moved and refitted, and matched to samples.
 
@@ -131,9 +176,10 @@ def fitted(
     a time, and what stands behind them is fitted ``most`` at a time.
     ``docs/selection.md`` and ``docs/leaderboard.md`` say what else was measured.
 
-    The first and the last pairs of the cache are kept as they are
-    (:func:`coreset_jax.ends.with_ends`), for what comes next asks most of them. Where pairs have no
-    order, or a window is kept elsewhere, set ``sinks`` and ``recent`` to 0.
+    The first and the last pairs of the cache stay what they are
+    (:func:`coreset_jax.ends.with_ends`), but for the factor that all weights are given to sum to
+    the length: what comes next asks most of them. Where pairs have no order, or a window is kept
+    elsewhere, set ``sinks`` and ``recent`` to 0.
 
     Its coresets are no subsets: where pairs must be those of the cache,
     :func:`coreset_jax.compression.balanced` is the method.
@@ -147,7 +193,7 @@ def fitted(
       steps: of the relocation.
       most: pairs that are fitted together at most.
       sinks: the first pairs that are kept; of few slots no more than an eighth.
-      recent: the share of the slots that goes to the last pairs.
+      recent: the part of the slots that goes to the last pairs, at least 0 and below 1.
 
     Returns:
       A :class:`~coreset_jax.coreset.Compressor`. Weights of a head sum to its length; keys and
@@ -156,6 +202,12 @@ def fitted(
 
     Raises:
       ValueError: on bad options here; when called, as :func:`coreset_jax.compression.balanced`.
+
+    References:
+      Chen, Epperly, Tropp, Webber, *Randomly pivoted Cholesky*, 2023, arXiv 2207.06503, and
+      Schröder, Mackey, *WildCat*, 2026, arXiv 2602.10056, for the keys to begin with;
+      Zweiger, Fu, Guo, Kim, *Fast KV Compaction via Attention Matching*, 2026, arXiv 2602.16284,
+      for fits to sample queries.
 
     >>> import jax, coreset_jax as cj
     >>> keys, values = jax.random.normal(jax.random.key(0), (2, 4, 512, 16))
@@ -167,5 +219,5 @@ def fitted(
     validation.check_count("steps", steps, 0)
     validation.check_count("most", most)
     validation.check_count("sinks", sinks, 0)
-    moved = _Moved(rho, query_norm, scale, int(steps), int(most))
-    return _Fitted(moved, int(sinks), check_share("recent", recent))
+    recent = validation.static_part("recent", recent)
+    return _Fitted(rho, _Moved(query_norm, scale, int(steps), int(most)), int(sinks), recent)

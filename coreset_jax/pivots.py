@@ -377,7 +377,8 @@ def pivoted(
 
     Heavy pairs (:func:`heavy_pairs`) are kept in any case. The others are pivots, drawn with
     probability in proportion to what those before them leave of a pair, times its importance
-    (:func:`cholesky_pivots`), from ``4 * size`` candidates, or 1024 if that is more.
+    (:func:`cholesky_pivots`), from ``4 * size`` candidates, or 1024 if that is more, which are
+    themselves drawn in proportion to importance to the power 3/4.
 
     Args:
       rho: the radius of unit queries, a scalar or ``[...]``; see

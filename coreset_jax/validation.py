@@ -105,6 +105,14 @@ def static_float(name: str, value: Any, *, positive: bool = True) -> Any:
     return float(value)
 
 
+def static_part(name: str, value: Any) -> float:
+    """The part of a whole that is left to an option, as a Python float: at least 0 and below 1."""
+    part = static_float(name, value, positive=False)
+    if part is None or not 0 <= part < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}.")
+    return float(part)
+
+
 def check_lengths(lengths: Any, keys: Any) -> None:
     """Raises ``ValueError`` unless integer ``lengths`` have the leading axes of keys, in ``1..n``.
 

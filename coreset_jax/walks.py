@@ -322,7 +322,7 @@ def swap_refinement(
         tolerance = 1e-6 * (diagonal[drop] + diagonal[take])
         better = change[take] - pull[drop] + diagonal[drop] < -tolerance
         step = jnp.where(better, 2.0, 0.0).astype(pull.dtype)
-        signs = signs + step * ((places == take).astype(step.dtype) - (places == drop))
+        signs += jnp.where(places == take, step, 0) - jnp.where(places == drop, step, 0)
         return swaps + 1, signs, pull + step * (gram[take] - row), better
 
     def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:

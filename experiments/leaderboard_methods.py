@@ -143,6 +143,14 @@ METHODS = (
         lambda: baselines.quantised(_nystrom(), 8),
         8,
     ),
+    Method(
+        "fitted_8",
+        "fitted, 8 bits",
+        QUANTISED,
+        "ours draws",
+        lambda: baselines.quantised(cj.fitted(), 8),
+        8,
+    ),
 )
 
 

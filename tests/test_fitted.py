@@ -1,5 +1,7 @@
 """The default: what compress does, by whichever arguments it is asked, and what it is worth."""
 
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,42 @@ def test_sample_queries_are_matched(cache):
     assert miss(matched) < 0.95 * miss(blind)
 
 
+@pytest.mark.parametrize("queries", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_cuts_within_cuts(monkeypatch, cache, queries, ragged):
+    """Groups of stretches of parts, each head with a radius of its own."""
+    module = sys.modules["coreset_jax.fitted"]
+    monkeypatch.setattr(module, "_MOST_MATCHED", 40)
+    monkeypatch.setattr(module, "_MOST_MOVED", 8)
+    keys, values = cache
+    lengths = jnp.array([120, 60, 5]) if ragged else None
+    asked = keys[:, :30] if queries else None
+    options = {"size": 101, "lengths": lengths, "queries": asked}
+    norms = np.array([1.0, 4.0, 9.0], np.float32)
+    together = cj.fitted(query_norm=norms, most=16)(RNG, keys, values, **options)
+    counts = [120, 60, 5] if ragged else [120] * 3
+    for head, length in enumerate(counts):
+        indices = np.asarray(together.indices[head])
+        held = indices[indices >= 0]
+        assert min(101, length) - 12 <= len(held) <= min(101, length)
+        assert np.all(np.diff(held) > 0)
+        assert held[-1] < length
+        np.testing.assert_allclose(np.exp(together.log_weights[head]).sum(), length, rtol=1e-6)
+        alike = cj.fitted(query_norm=float(norms[head]), most=16)(RNG, keys, values, **options)
+        np.testing.assert_allclose(together.keys[head], alike.keys[head], atol=1e-4)
+
+
+def test_a_radius_is_that_of_the_whole_cache(cache):
+    """Whatever lies far out at the ends, the pairs between them hear the same queries."""
+    keys, values = cache
+    keys = keys.at[:, 0].mul(8)
+    center = jnp.mean(keys, axis=1, keepdims=True)
+    radius = jnp.max(jnp.linalg.norm(keys - center, axis=-1), axis=-1)
+    by_rho = cj.fitted(rho=3.0, scale=0.5)(RNG, keys, values, size=40)
+    by_norm = cj.fitted(query_norm=3.0 / (0.5 * radius), scale=0.5)(RNG, keys, values, size=40)
+    chex.assert_trees_all_close(by_rho, by_norm, rtol=1e-4, atol=1e-4)
+
+
 def test_half_the_error_of_the_subset():
     """Clustered keys in no order, on queries that nobody was shown."""
     rng = jax.random.split(RNG, 5)
@@ -76,7 +114,7 @@ def test_both_ends_are_kept(cache):
     keys, values = cache
     for queries in (None, keys[:, :50]):
         coreset = cj.fitted()(RNG, keys, values, size=40, queries=queries)
-        kept = [*range(4), *range(110, 120)]
+        kept = [*range(4), *range(115, 120)]
         for head in range(3):
             slots = np.flatnonzero(np.isin(coreset.indices[head], kept))
             assert len(slots) == len(kept)

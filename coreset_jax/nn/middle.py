@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from coreset_jax import summary as summaries
-from coreset_jax.fitted import fitted
+from coreset_jax.fitted import moved_pairs
 from coreset_jax.nn.config import CacheConfig
 from coreset_jax.nn.grouped import grouped
 from coreset_jax.nn.stretch import Stretch
@@ -45,8 +45,8 @@ def compress(
     compressor = config.compressor
     if compressor is None:
         norm, scale = settings.query_norm, settings.scale
-        # The cache keeps both ends itself.
-        compressor = fitted(query_norm=norm, scale=scale, sinks=0, recent=0)
+        # The cache keeps both ends itself, with weight one.
+        compressor = moved_pairs(query_norm=norm, scale=scale)
     sample = None if queries is None else grouped(queries, kv_heads)
 
     # The same random key for every sequence: what it is batched with must not matter.

@@ -345,7 +345,8 @@ def relocation(
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
       kernel_radius: the geometry of the fit, a scalar or ``[...]``; ``None`` means that of
         :func:`coreset_jax.geometry.fitting_geometry`.
-      steps: how many; 0 leaves the keys where they are.
+      steps: how many; 0 leaves the keys where they are, but for those beyond the reach of the
+        geometry, which are drawn in to it.
 
     Returns:
       A :class:`~coreset_jax.coreset.Compressor`. Neither keys nor values are the source's any
