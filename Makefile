@@ -12,6 +12,10 @@ INSTALLED := $(VENV)/.installed
 LINT_INSTALLED := $(VENV)/.installed-lint
 PYTEST := $(RUN) -m pytest --numprocesses=auto --dist=worksteal
 
+# LAPACK's own threads fight with XLA's for the cores: fits take half as long again.
+OPENBLAS_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:

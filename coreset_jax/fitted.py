@@ -15,6 +15,7 @@ from coreset_jax.coreset import Compressor, Coreset
 from coreset_jax.ends import with_ends
 from coreset_jax.pivots import pivoted
 from coreset_jax.problem import check_radius, reduce
+from coreset_jax.refit.relocate import moves
 from coreset_jax.stretches import stretch_count, stretched
 
 # Sample queries are matched by so many pairs together: what one is given is taken from the others.
@@ -66,10 +67,12 @@ class _Moved:
             }
 
         radius = options(groups, stretches, parts)
-        compressor = refit.relocation(pivoted(**radius), steps=self.steps, **radius)
         if parts > 1:
+            compressor = moves(pivoted(**radius), steps=self.steps, **radius)
             compressor = stretched(compressor, most=moved)
             compressor = refit.relocation(compressor, steps=0, **options(groups, stretches))
+        else:
+            compressor = refit.relocation(pivoted(**radius), steps=self.steps, **radius)
         compressor = stretched(compressor, most=self.most)
         if matched:
             compressor = refit.matching(compressor, **options(groups))

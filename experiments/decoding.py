@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -298,14 +299,14 @@ def step(
 fused_step = nnx.jit(step)
 
 
-def costs(
+def predictions(
     model: lm.Decoder,
     caches: list[Cache],
     tokens: np.ndarray,
     previous: np.ndarray | None = None,
     piece: int = 64,
-) -> Float[np.ndarray, "batch length-1"]:
-    """What every byte but the first costs behind the caches, in bits.
+) -> Iterator[tuple[Float[Array, "batch part 256"], np.ndarray]]:
+    """What the model expects of every byte but the first behind the caches, a piece at a time.
 
     Args:
       model: the model.
@@ -313,19 +314,30 @@ def costs(
       tokens: bytes `[batch, length]`.
       previous: the two bytes before them `[batch, 2]`; `BOUNDARY` by default.
       piece: bytes that are read at a time: they attend to each other exactly.
+
+    Yields:
+      Natural logarithms of the probabilities of some bytes, and these bytes behind the one before
+      them `[batch, part + 1]`.
     """
     if previous is None:
         previous = np.full((tokens.shape[0], 2), BOUNDARY)
     context = np.concatenate([previous, tokens], axis=1).astype(np.int32)
-    found = []
     for start in range(0, tokens.shape[1] - 1, piece):
         stop = min(start + piece, tokens.shape[1] - 1)
         part = jnp.asarray(context[:, start + 2 : stop + 2])
         logits, caches = step(model, caches, part, jnp.asarray(context[:, start : start + 2]))
-        taken = jnp.take_along_axis(
-            jax.nn.log_softmax(logits), jnp.asarray(context[:, start + 3 : stop + 3, None]), -1
-        )
-        found.append(np.asarray(-taken[..., 0] / math.log(2)))
+        yield jax.nn.log_softmax(logits), context[:, start + 2 : stop + 3]
+
+
+def costs(
+    model: lm.Decoder,
+    caches: list[Cache],
+    tokens: np.ndarray,
+    previous: np.ndarray | None = None,
+    piece: int = 64,
+) -> Float[np.ndarray, "batch length-1"]:
+    """What every byte but the first costs behind the caches, in bits; see `predictions`."""
+    found = [lm.costs_of(*each) for each in predictions(model, caches, tokens, previous, piece)]
     return np.concatenate(found, axis=1)
 
 

@@ -14,6 +14,11 @@ on. Every method compresses the cache of every layer and head, all pairs of the 
   attends to the coreset and, exactly and causally, to itself;
 - *repeated*: the same where a passage from inside of the prompt follows, as soon as the model can
   know that it does (see :mod:`experiments.decode`);
+- *divergence*, behind either text: bits a byte that one would lose by predicting with the coreset
+  where the text comes as the full cache expects (Kullback and Leibler). A held-out text may come as
+  it likes, and what is lost there is zero for a method that answers exactly, but less than that for
+  one whose errors happen to suit the text; this is never less than zero, and zero only if nothing
+  changes;
 - *seconds* of a compression whose program is compiled, of all layers and heads of a prompt;
 - *bytes* of the coresets: keys, values, log-weights unless they are all equal, and normalizers, in
   float32; codes and ranges of quantised ones.

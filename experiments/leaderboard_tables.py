@@ -14,6 +14,14 @@ Column = Callable[[Method], float | None]
 
 TASKS = ("continuation", "repeated")
 
+# What is lost in bits, by its name in the results and in the verdict.
+LOSSES = {
+    "continuation": "continuation",
+    "continuation_divergence": "continuation, divergence",
+    "repeated": "repeated",
+    "repeated_divergence": "repeated, divergence",
+}
+
 
 class Entry(NamedTuple):
     """What one method did at one ratio.
@@ -23,6 +31,9 @@ class Entry(NamedTuple):
       tail: 99th percentiles, likewise.
       continuation: bits a byte over those of the full cache `[kinds, seeds, passages]`.
       repeated: likewise.
+      continuation_divergence: bits a byte that would be lost if the full cache's predictions were
+        the truth, likewise.
+      repeated_divergence: likewise.
       seconds: of a compression, in the median.
       bytes: of the coreset of a prompt, in the mean.
     """
@@ -31,6 +42,8 @@ class Entry(NamedTuple):
     tail: np.ndarray
     continuation: np.ndarray
     repeated: np.ndarray
+    continuation_divergence: np.ndarray
+    repeated_divergence: np.ndarray
     seconds: float
     bytes: float
 
@@ -133,6 +146,8 @@ def _entry(cells: Found, exact: dict[str, dict[str, Any]]) -> Entry:
         grid("tail"),
         loss("continuation"),
         loss("repeated"),
+        grid("continuation_divergence"),
+        grid("repeated_divergence"),
         float(np.median(grid("seconds"))),
         float(np.mean(grid("bytes"))),
     )
@@ -231,6 +246,16 @@ def print_board(board: Board, ratio: int, texts: str, stamp: str) -> None:
             "+.4f",
         ),
         (
+            "Continuation: divergence of the predictions from those of the full cache, bits a byte",
+            lambda entry: float(np.mean(entry.continuation_divergence)),
+            ".4f",
+        ),
+        (
+            "A passage repeated: divergence of the predictions, bits a byte",
+            lambda entry: float(np.mean(entry.repeated_divergence)),
+            ".4f",
+        ),
+        (
             "Compression of a prompt, all layers and heads, compiled: seconds, median",
             lambda entry: entry.seconds,
             ".3g",
@@ -270,8 +295,8 @@ class Verdict(NamedTuple):
     Attributes:
       shares: by metric, ours over the best rival in every cell where both are measured.
       cells: how many cells have a rival.
-      losses: by task, ours, the best rival's, and its label, at one ratio; `None` if either is
-        missing.
+      losses: by name in `LOSSES`, ours, the best rival's, and its label, at one ratio; `None` if
+        either is missing.
     """
 
     shares: dict[str, np.ndarray]
@@ -306,16 +331,16 @@ def judge(board: Board, method: Method, ratio: int) -> Verdict:
             best = np.min([entry.by_cell(metric) for entry in entries], axis=0)
             found.append((ours.by_cell(metric) / best).ravel())
     losses: dict[str, tuple[float, float, str] | None] = {}
-    for task in TASKS:
+    for name in LOSSES:
         known = [
-            (float(np.mean(getattr(board.entries[rival.name, ratio], task))), rival.label)
+            (float(np.mean(getattr(board.entries[rival.name, ratio], name))), rival.label)
             for rival in rivals
             if (rival.name, ratio) in board.entries
         ]
         known = [pair for pair in known if np.isfinite(pair[0])]
         ours = board.entries.get((method.name, ratio))
-        losses[task] = (
-            (float(np.mean(getattr(ours, task))), *min(known))
+        losses[name] = (
+            (float(np.mean(getattr(ours, name))), *min(known))
             if known and ours is not None
             else None
         )
@@ -330,29 +355,33 @@ def print_verdict(board: Board, ratio: int) -> None:
       board: what was measured.
       ratio: that of the losses and the subsets.
     """
-    rows: list[Sequence[str] | None] = []
+    errors: list[Sequence[str] | None] = []
+    bits: list[Sequence[str] | None] = []
     for category in CATEGORIES:
         ours = [method for method in board.of(category) if method.ours]
-        rows += [None] if rows else []
+        errors += [None] if errors else []
+        bits += [None] if bits else []
         if not ours:
-            rows.append([category, "none of ours", *["–"] * 11])
+            errors.append([category, "none of ours", *["–"] * 5])
+            bits.append([category, "none of ours", *["–"] * 3 * len(LOSSES)])
         for number, method in enumerate(ours):
             verdict = judge(board, method, ratio)
             row = [category if number == 0 else "", method.label]
+            shares: list[str] = []
             for found in verdict.shares.values():
-                row += (
+                shares += (
                     [f"{geometric_mean(found):.3f}", f"{np.mean(found <= 1):.0%}"]
                     if found.size
                     else ["–", "–"]
                 )
-            row.append(f"{verdict.shares['mean'].size} of {verdict.cells}")
+            errors.append([*row, *shares, f"{verdict.shares['mean'].size} of {verdict.cells}"])
             for loss in verdict.losses.values():
                 row += (
                     ["–", "–", "–"]
                     if loss is None
                     else [f"{loss[0]:+.4f}", f"{loss[1]:+.4f} {loss[2]}", _over(*loss[:2])]
                 )
-            rows.append(row)
+            bits.append(row)
     results.print_table(
         "Verdict: ours over the best rival of its class in every cell, geometric mean",
         [
@@ -363,19 +392,22 @@ def print_verdict(board: Board, ratio: int) -> None:
             "99th percentile",
             "≤ 1 in",
             "cells",
-            f"continuation, {ratio}×",
-            "best rival",
-            "ratio",
-            f"repeated, {ratio}×",
-            "best rival",
-            "ratio",
         ],
-        rows,
+        errors,
         left=("class", "ours"),
         caption=(
-            "A cell: kind of text, layer, head, ratio; errors averaged over seeds and passages. "
-            "Continuation, repeated: bits a byte over the full cache. ratio: – where a loss is "
-            "not above zero."
+            "A cell: kind of text, layer, head, ratio; errors averaged over seeds and passages."
+        ),
+    )
+    headers = [(label, "best rival", "ratio") for label in LOSSES.values()]
+    results.print_table(
+        f"Verdict: bits a byte at {ratio}×, ours and the best rival of its class",
+        ["class", "ours", *(each for loss in headers for each in loss)],
+        bits,
+        left=("class", "ours"),
+        caption=(
+            "Continuation, repeated: over those of the full cache. divergence: that of the "
+            "predictions from those of the full cache.\nratio: – where a loss is not above zero."
         ),
     )
     subsets = [method for method in board.methods if method.subset]

@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -89,6 +90,22 @@ def read_texts(model: lm.Decoder, tokens: np.ndarray, prompt: int, fitting: int)
     )
 
 
+def divergence(
+    exact: Float[np.ndarray, "*batch length 256"], other: Float[np.ndarray, "*batch length 256"]
+) -> Float[np.ndarray, "*batch"]:
+    r"""Bits a byte that are lost by predicting as the other where bytes come as the exact says.
+
+    .. math:: \frac1n \sum_i \sum_b p_i(b) \log_2 \frac{p_i(b)}{q_i(b)}
+
+    Args:
+      exact: natural logarithms of :math:`p_i(b)`.
+      other: likewise of :math:`q_i(b)`.
+    """
+    exact, other = (np.asarray(each, np.float64) for each in (exact, other))
+    bits = np.sum(np.exp(exact) * (exact - other), axis=-1) / math.log(2)
+    return np.mean(bits, axis=-1)
+
+
 @jax.jit
 def relative_errors(
     queries: Float[Array, "*heads q d"], exact: Float[Array, "*heads q dv"], coreset: cj.Coreset
@@ -169,6 +186,7 @@ class Work:
         self.groups = model_config.num_query_heads // model_config.num_kv_heads
         self.warm: set[tuple[str, int]] = set()
         self._texts: dict[str, Texts] = {}
+        self._expected: dict[str, dict[str, np.ndarray]] = {}
 
     def texts(self, kind: str) -> Texts:
         """The passages of a kind."""
@@ -181,18 +199,34 @@ class Work:
             )
         return self._texts[kind]
 
+    def tasks(self, kind: str) -> dict[str, tuple[np.ndarray, int]]:
+        """Bytes behind the prompts by task `[passages, bytes]`, and how many are a mere cue."""
+        texts, length = self.texts(kind), self.config.prompt_bytes
+        return {
+            "continuation": (texts.tokens[:, length:], 0),
+            "repeated": (texts.repeated[:, length:], decode.CUE),
+        }
+
+    def expected(self, kind: str) -> dict[str, np.ndarray]:
+        """What the model with its full cache expects, by task `[passages, bytes - 1, 256]`."""
+        if kind not in self._expected:
+            texts, length = self.texts(kind), self.config.prompt_bytes
+            self._expected[kind] = {
+                task: np.stack(
+                    [np.asarray(lm.predictions(self.model, row))[length:] for row in rows]
+                )
+                for task, rows in (("continuation", texts.tokens), ("repeated", texts.repeated))
+            }
+        return self._expected[kind]
+
     def exact(self, kind: str) -> Cell:
         """Bits a byte behind the full cache."""
-        texts, length = self.texts(kind), self.config.prompt_bytes
-
-        def costs(rows: np.ndarray) -> np.ndarray:
-            return np.stack([np.asarray(lm.byte_costs(self.model, row))[length:] for row in rows])
-
-        return {
-            "continuation": costs(texts.tokens).mean(axis=1),
-            "repeated": costs(texts.repeated)[:, decode.CUE :].mean(axis=1),
-            "bytes": _FLOAT_BYTES * (texts.keys[0].size + texts.values[0].size),
+        texts, found = self.texts(kind), self.expected(kind)
+        bits = {
+            task: np.asarray(lm.costs_of(found[task], tokens))[:, cue:].mean(axis=1)
+            for task, (tokens, cue) in self.tasks(kind).items()
         }
+        return {**bits, "bytes": _FLOAT_BYTES * (texts.keys[0].size + texts.values[0].size)}
 
     def compressed(self, name: str, kind: str, ratio: int, seed: int) -> Cell:
         """Errors, bits a byte, seconds and bytes of a method; or why there are none."""
@@ -229,24 +263,24 @@ class Work:
         return {
             "mean": mean,
             "tail": tail,
-            **self._losses(texts, coresets),
+            **self._losses(kind, coresets),
             "seconds": seconds,
             "pairs": size,
             "bytes": max(coreset_bytes(each, method.bits) for each in coresets),
         }
 
-    def _losses(self, texts: Texts, coresets: list[cj.Coreset]) -> Cell:
-        """Bits a byte behind the coresets of the prompts."""
+    def _losses(self, kind: str, coresets: list[cj.Coreset]) -> Cell:
+        """Bits a byte behind the coresets of the prompts, and divergences from the full cache."""
         length, room = self.config.prompt_bytes, self.config.continuation_bytes
         # Each has the axes [layers, heads], and the caches of a layer those of all passages.
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *coresets)
         caches = decoding.behind_coresets(stacked, length, room)
-        previous = texts.tokens[:, length - 2 : length]
-
-        def costs(tokens: np.ndarray) -> np.ndarray:
-            return decoding.costs(self.model, caches, tokens[:, length:], previous)
-
-        return {
-            "continuation": costs(texts.tokens).mean(axis=1),
-            "repeated": costs(texts.repeated)[:, decode.CUE :].mean(axis=1),
-        }
+        previous = self.texts(kind).tokens[:, length - 2 : length]
+        found = {}
+        for task, (tokens, cue) in self.tasks(kind).items():
+            parts = decoding.predictions(self.model, caches, tokens, previous)
+            heard = np.concatenate([np.asarray(part) for part, _ in parts], axis=1)
+            found[task] = np.asarray(lm.costs_of(heard, tokens))[:, cue:].mean(axis=1)
+            exact = self.expected(kind)[task]
+            found[f"{task}_divergence"] = divergence(exact[:, cue:], heard[:, cue:])
+        return found

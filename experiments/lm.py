@@ -85,15 +85,15 @@ def _caches(model: Decoder, tokens: Int[Array, "batch length"]) -> Trace:
     return Trace(keys=keys, values=values, queries=queries)
 
 
-def byte_costs(model: Decoder, tokens: Any) -> Float[Array, "*batch length-1"]:
-    """Return what every byte but the first costs, given all before it, in bits.
+def predictions(model: Decoder, tokens: Any) -> Float[Array, "*batch length-1 256"]:
+    """Return what the model expects of every byte but the first, given all before it.
 
     Args:
       model: the model.
       tokens: bytes `[length]` or `[batch, length]`, any integer dtype, length at least 2.
 
     Returns:
-      Minus the binary logarithm of the probability of byte `i + 1` at index `i`, float32.
+      Natural logarithms of the probabilities of byte `i + 1` at index `i`, float32.
 
     Raises:
       ValueError: `tokens` has another rank, is too short or is not of integers.
@@ -101,16 +101,33 @@ def byte_costs(model: Decoder, tokens: Any) -> Float[Array, "*batch length-1"]:
     tokens = checked(tokens, ranks=(1, 2))
     if tokens.shape[-1] < 2:
         raise ValueError(f"tokens must hold at least 2 bytes a sequence, got shape {tokens.shape}")
-    return _byte_costs(model, jnp.atleast_2d(tokens)).reshape(*tokens.shape[:-1], -1)
+    found = _predictions(model, jnp.atleast_2d(tokens)[:, :-1])
+    return found.reshape(*tokens.shape[:-1], *found.shape[1:])
 
 
 @nnx.jit
-def _byte_costs(
+def _predictions(
     model: Decoder, tokens: Int[Array, "batch length"]
-) -> Float[Array, "batch length-1"]:
-    log_probabilities = jax.nn.log_softmax(model(tokens[:, :-1]))
-    taken = jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1)[..., 0]
-    return -taken / math.log(2)
+) -> Float[Array, "batch length 256"]:
+    return jax.nn.log_softmax(model(tokens))
+
+
+def byte_costs(model: Decoder, tokens: Any) -> Float[Array, "*batch length-1"]:
+    """Return what every byte but the first costs, given all before it, in bits.
+
+    Minus the binary logarithm of the probability of byte `i + 1` at index `i`, float32; arguments
+    and errors are those of `predictions`.
+    """
+    return costs_of(predictions(model, tokens), tokens)
+
+
+@jax.jit
+def costs_of(
+    predictions: Float[Array, "*batch length-1 256"], tokens: Int[Array, "*batch length"]
+) -> Float[Array, "*batch length-1"]:
+    """Return what every byte of some tokens but the first costs under predictions, in bits."""
+    taken = jnp.take_along_axis(predictions, tokens[..., 1:, None].astype(jnp.int32), axis=-1)
+    return -taken[..., 0] / math.log(2)
 
 
 def bits_per_byte(model: Decoder, tokens: Any) -> float:

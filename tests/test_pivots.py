@@ -88,6 +88,34 @@ def test_copies_are_not_drawn_twice():
     np.testing.assert_array_equal(drawn[12:], -1)
 
 
+@pytest.mark.parametrize("apart", [1e-4, 1e-3, 1e-2, 0.1])
+def test_near_copies_leave_no_more_than_their_distance(apart):
+    """Corners of a block that hardly can be solved: rounding must not be drawn for residuals."""
+    rng = np.random.default_rng(0)
+    centers = rng.standard_normal((8, 4))
+    keys = centers[rng.integers(0, 8, 200)] + apart * rng.standard_normal((200, 4))
+    picked = np.asarray(
+        pivots.cholesky_pivots(
+            RNG, jnp.asarray(keys, jnp.float32), jnp.zeros(200), jnp.int32(32), size=32, block=16
+        )
+    )
+    found = picked[picked >= 0]
+    assert len(set(found)) == len(found) >= 8
+    # One pivot a cluster leaves no more than the squares of the distances in it.
+    assert residuals(keys, found).max() <= 40 * apart**2 + 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 12])
+def test_places_of_marks_are_in_order(size):
+    rng = np.random.default_rng(size)
+    for share in (0.0, 0.3, 1.0):
+        marks = rng.random(8) < share
+        expected = np.full(size, 8)
+        places = np.flatnonzero(marks)[:size]
+        expected[: len(places)] = places
+        np.testing.assert_array_equal(pivots.places_of(jnp.asarray(marks), size), expected)
+
+
 def test_what_has_no_importance_is_not_drawn():
     keys = jax.random.normal(RNG, (50, 4))
     importance = jnp.where(jnp.arange(50) % 2 == 0, 0.0, -jnp.inf)

@@ -9,7 +9,7 @@ from coreset_jax.fitted import moved_pairs
 from coreset_jax.nn.config import CacheConfig
 from coreset_jax.nn.grouped import grouped
 from coreset_jax.nn.stretch import Stretch
-from coreset_jax.refit.relocate import kernel_entries
+from coreset_jax.refit.steps import kernel_entries
 from coreset_jax.refit.wrapper import heads_at_once
 from coreset_jax.sketch import Pairs
 from coreset_jax.summary import Summary

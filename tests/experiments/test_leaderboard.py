@@ -26,7 +26,15 @@ from experiments.leaderboard_methods import (
     chosen,
     identity,
 )
-from experiments.leaderboard_tables import Board, Entry, gather, judge, print_board, print_verdict
+from experiments.leaderboard_tables import (
+    LOSSES,
+    Board,
+    Entry,
+    gather,
+    judge,
+    print_board,
+    print_verdict,
+)
 from experiments.leaderboard_texts import KINDS, passages
 
 BY_NAME = {method.name: method for method in METHODS}
@@ -108,6 +116,51 @@ def test_the_whole_cache_costs_what_the_model_costs(model):
     caches = decoding.behind_coresets(coreset, 80, 40)
     found = decoding.costs(model, caches, tokens[:, 80:], tokens[:, 78:80], 16)
     np.testing.assert_allclose(found, lm.byte_costs(model, tokens)[:, 80:], atol=2e-4)
+
+
+def test_divergence_against_brute_force_and_its_theorems():
+    rng = np.random.default_rng(0)
+    exact, other = np.log(rng.dirichlet(np.ones(256), (2, 2, 5)))
+    found = leaderboard_work.divergence(exact, other)
+    for row in range(2):
+        bits = [
+            sum(np.exp(p) * np.log2(np.exp(p) / np.exp(q)) for p, q in zip(*each, strict=True))
+            for each in zip(exact[row], other[row], strict=True)
+        ]
+        np.testing.assert_allclose(found[row], np.mean(bits), rtol=1e-9)
+    assert np.all(found > 0)
+    np.testing.assert_array_equal(leaderboard_work.divergence(exact, exact), np.zeros(2))
+
+
+def test_divergence_is_the_loss_to_expect_where_texts_come_as_the_full_cache_says(model):
+    """The mean over drawn bytes of what they cost more behind a sample of the cache."""
+    config = leaderboard_config.get_config("tiny")
+    work = leaderboard_work.Work(config)
+    found = work.compressed("uniform", "code", 8, 0)
+    assert np.all(found["continuation_divergence"] > 0)
+    assert np.all(found["repeated_divergence"] > 0)
+    texts, length = work.texts("code"), config.prompt_bytes
+    coreset = whole_cache(texts.keys[0], texts.values[0])
+    same = work._losses("code", [coreset])
+    assert np.all(np.abs(same["continuation_divergence"]) < 1e-4)
+    assert np.all(np.abs(same["repeated_divergence"]) < 1e-4)
+    np.testing.assert_allclose(same["continuation"], work.exact("code")["continuation"], atol=1e-3)
+    # Bytes drawn from the full cache's own predictions, given the text before each of them.
+    exact = work.expected("code")["continuation"]
+    draws = jax.random.categorical(jax.random.key(0), exact, shape=(4000, *exact.shape[:-1]))
+    compressor = BY_NAME["uniform"].compressor(1)
+    rng = jax.random.fold_in(jax.random.key(0), 0)
+    coreset = compressor(rng, texts.keys[0], texts.values[0], size=-(-length // 8))
+    caches = decoding.behind_coresets(
+        jax.tree.map(lambda leaf: leaf[:, None], coreset), length, config.continuation_bytes
+    )
+    parts = decoding.predictions(
+        work.model, caches, texts.tokens[:, length:], texts.tokens[:, length - 2 : length]
+    )
+    heard = np.concatenate([part for part, _ in parts], axis=1)
+    lost = np.take_along_axis(exact - heard, np.asarray(draws).transpose(1, 2, 0), -1) / np.log(2)
+    error = lost.std() / np.sqrt(lost.size)
+    assert abs(lost.mean() - found["continuation_divergence"][0]) < 5 * error
 
 
 def test_queries_to_fit_to_and_queries_asked_are_of_different_bytes(model):
@@ -243,7 +296,7 @@ def invented_board(ratios=(4, 8)):
     for method in METHODS:
         for ratio in ratios:
             mean, tail = rng.uniform(0.1, 1, (2, 2, 3, 2, 2, 2))
-            bits = rng.uniform(0.01, 0.2, (2, 2, 3, 2))
+            bits = rng.uniform(0.01, 0.2, (4, 2, 3, 2))
             entries[method.name, ratio] = Entry(mean, tail, *bits, rng.uniform(), 1e6 / ratio)
     failures = {("wildcat_4", 8): "size must be a multiple of bins"}
     entries.pop(("wildcat_4", 8))
@@ -275,15 +328,16 @@ def test_verdict_against_brute_force(name):
         found = judge(board, ours, 8)
         np.testing.assert_allclose(np.sort(found.shares[metric]), np.sort(shares))
         assert found.cells == len(shares)
-    losses = {
-        rival.label: board.entries[rival.name, 8].continuation.mean()
-        for rival in rivals
-        if (rival.name, 8) in board.entries
-    }
-    mine, best, label = judge(board, ours, 8).losses["continuation"]
-    assert mine == pytest.approx(board.entries[name, 8].continuation.mean())
-    assert best == pytest.approx(min(losses.values()))
-    assert losses[label] == pytest.approx(best)
+    for loss in LOSSES:
+        losses = {
+            rival.label: getattr(board.entries[rival.name, 8], loss).mean()
+            for rival in rivals
+            if (rival.name, 8) in board.entries
+        }
+        mine, best, label = judge(board, ours, 8).losses[loss]
+        assert mine == pytest.approx(getattr(board.entries[name, 8], loss).mean())
+        assert best == pytest.approx(min(losses.values()))
+        assert losses[label] == pytest.approx(best)
 
 
 def test_every_method_is_in_the_tables_and_the_pictures():

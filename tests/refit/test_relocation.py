@@ -10,7 +10,7 @@ import coreset_jax as cj
 from coreset_jax.geometry import fitting_geometry
 from coreset_jax.guarantees import adversary
 from coreset_jax.problem import reduce
-from coreset_jax.refit import relocate
+from coreset_jax.refit import relocate, steps
 
 RNG = jax.random.key(0)
 
@@ -38,8 +38,8 @@ def small_problem(seed=0, count=40, size=6):
 
 
 def fitted(keys, columns, marks, free):
-    source = relocate.blocks_of(jnp.asarray(keys), jnp.asarray(columns))
-    return source, relocate.best_columns(source, jnp.asarray(marks), jnp.asarray(free))
+    source = steps.blocks_of(jnp.asarray(keys), jnp.asarray(columns))
+    return source, steps.best_columns(source, jnp.asarray(marks), jnp.asarray(free))
 
 
 def test_columns_are_the_best_ones(x64):
@@ -63,7 +63,7 @@ def test_what_is_not_free_is_left_out(x64):
     _, alone = fitted(keys, columns, marks[free], np.ones(free.sum(), bool))
     np.testing.assert_allclose(fit.columns[free], alone.columns, rtol=1e-9)
     np.testing.assert_array_equal(fit.columns[~free], 0)
-    step = relocate.newton_step(source, jnp.asarray(marks), jnp.asarray(free), fit)
+    step = steps.newton_step(source, jnp.asarray(marks), jnp.asarray(free), fit)
     np.testing.assert_allclose(step[~free], 0, atol=1e-12)
 
 
@@ -73,7 +73,7 @@ def test_steps_go_down_the_slope(seed, x64):
     keys, columns, marks = small_problem(seed)
     source, fit = fitted(keys, columns, marks, np.ones(len(marks), bool))
     step = np.asarray(
-        relocate.newton_step(source, jnp.asarray(marks), jnp.ones(len(marks), bool), fit)
+        steps.newton_step(source, jnp.asarray(marks), jnp.ones(len(marks), bool), fit)
     )
     behind = np.asarray(fit.columns)
     slope = np.zeros_like(marks)
@@ -89,6 +89,44 @@ def test_steps_go_down_the_slope(seed, x64):
     )
     np.testing.assert_allclose(cosines, 1, atol=1e-5)
     assert np.all(np.linalg.norm(step, axis=1) <= 0.5 + 1e-9)
+
+
+def test_a_kernel_that_was_kept_makes_the_same_step(x64, monkeypatch):
+    keys, columns, marks = small_problem()
+    # Several blocks, the last of them filled up.
+    monkeypatch.setattr(steps, "_BLOCK", 16)
+    source = steps.blocks_of(jnp.asarray(keys), jnp.asarray(columns))
+    marks, free = jnp.asarray(marks), jnp.arange(len(marks)) != 2
+    fits = [steps.best_columns(source, marks, free, keep=keep) for keep in (False, True)]
+    assert fits[0].seen is None
+    assert fits[1].seen.shape == (3, 6, 14)
+    taken = [steps.newton_step(source, marks, free, fit) for fit in fits]
+    np.testing.assert_allclose(*taken, rtol=1e-12)
+    monkeypatch.setattr(steps, "_MOST_KEPT", 6 * 3 * 14 - 1)
+    assert steps.best_columns(source, marks, free, keep=True).seen is None
+
+
+def test_a_walk_without_a_last_fit_goes_to_the_same_places(x64):
+    keys, columns, marks = small_problem()
+    source = steps.blocks_of(jnp.asarray(keys), jnp.asarray(columns))
+    marks, free = jnp.asarray(marks), jnp.ones(len(marks), bool)
+    first = steps.best_columns(source, marks, free, keep=True)
+    walks = [steps.walk(source, marks, free, first, 3, fits) for fits in (True, False)]
+    np.testing.assert_allclose(walks[0].marks, walks[1].marks, rtol=1e-12)
+    # What it returns is the fit from which the last step was taken.
+    before = steps.walk(source, marks, free, first, 2)
+    np.testing.assert_allclose(walks[1].fit.columns, before.fit.columns, rtol=1e-9)
+
+
+def test_moves_leave_the_keys_where_a_relocation_does():
+    keys, values = jax.random.normal(RNG, (2, 3, 80, 5))
+    whole = cj.refit.relocation(cj.pivoted())(RNG, keys, values, size=12)
+    moved = relocate.moves(cj.pivoted())(RNG, keys, values, size=12)
+    np.testing.assert_allclose(moved.keys, whole.keys, atol=1e-5)
+    # And with the fit that they left out, it is one.
+    both = cj.refit.relocation(relocate.moves(cj.pivoted()), steps=0)(RNG, keys, values, size=12)
+    queries = jax.random.normal(jax.random.key(1), (3, 20, 5))
+    np.testing.assert_allclose(cj.attend(queries, both), cj.attend(queries, whole), atol=1e-3)
 
 
 def families(seed, count=80, width=5, value_width=4):

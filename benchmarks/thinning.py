@@ -1,0 +1,159 @@
+"""Subsets by balancing beside full kernel thinning, on caches of the language model.
+
+    python -m benchmarks.thinning              # the table of the documentation, minutes
+    python -m benchmarks.thinning --quick      # two heads of a short cache, seconds
+
+``kt.thin`` is that of goodpoints, by the authors of kernel thinning, which ``make test-clients``
+installs into ``.venv-clients``; it holds the whole kernel matrix, which is its faster form, and
+takes a head at a time. Ours compress all heads in one call. What is thinned are keys and values of
+a held-out prompt; errors are those of attention on the queries that the model asks next.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jaxtyping import Array, Float, Int
+
+import coreset_jax as cj
+from benchmarks.compress import seconds
+from experiments import lm, text
+from experiments.leaderboard_methods import METHODS, Method
+from experiments.leaderboard_tables import geometric_mean
+from experiments.leaderboard_work import relative_errors
+from experiments.results import print_table, stamp, track
+
+_QUICK = flags.DEFINE_bool("quick", False, "two heads of a short cache, to see that it runs")
+_TURNS = flags.DEFINE_integer("turns", 5, "turns of our methods, which draw anew in each")
+
+# Queries that are asked: those of so many bytes behind the prompt.
+_ASKED = 512
+
+
+class Case(NamedTuple):
+    """Some heads of a cache, and what they are asked.
+
+    Attributes:
+      keys: `[heads, n, d]`.
+      values: likewise.
+      queries: `[heads, q, d]`.
+    """
+
+    keys: Float[Array, "heads n d"]
+    values: Float[Array, "heads n d"]
+    queries: Float[Array, "heads q d"]
+
+
+def points_and_bandwidth(
+    keys: Float[np.ndarray, "n d"], values: Float[np.ndarray, "n dv"]
+) -> tuple[Float[np.ndarray, "n c"], float]:
+    """[keys, values], each in units of its spread, and half the square of a median distance."""
+    columns = []
+    for array in (keys, values):
+        centered = np.float64(array) - np.mean(array, axis=0, dtype=np.float64)
+        columns.append(centered / np.sqrt(np.mean(np.sum(centered**2, axis=1))))
+    points = np.concatenate(columns, axis=1)
+    some = points[:1000]
+    squares = np.sum(some**2, axis=1)
+    squares = squares[:, None] + squares[None] - 2 * some @ some.T
+    return points, 0.5 * float(np.median(squares[np.triu_indices(len(some), 1)]))
+
+
+def thin(
+    keys: Float[np.ndarray, "n d"], values: Float[np.ndarray, "n dv"], halvings: int, seed: int = 0
+) -> Int[np.ndarray, " m"]:
+    """The pairs of one head that full kernel thinning keeps.
+
+    Args:
+      keys: the keys.
+      values: the values.
+      halvings: how often the pairs are halved.
+      seed: of its coins.
+
+    Raises:
+      ModuleNotFoundError: goodpoints is not installed.
+    """
+    from goodpoints import kt  # Not among what the other benchmarks need.
+
+    points, bandwidth = points_and_bandwidth(keys, values)
+
+    def kernel(point: np.ndarray, points: np.ndarray) -> np.ndarray:
+        return np.exp(-np.sum((points - point) ** 2, axis=1) / bandwidth)
+
+    return kt.thin(points, halvings, kernel, kernel, seed=seed, store_K=True)
+
+
+def subsets() -> list[Method]:
+    """Methods of ours that keep pairs as they are."""
+    return [method for method in METHODS if method.ours and method.subset]
+
+
+def error(case: Case, coreset: cj.Coreset) -> float:
+    """The relative mean error of attention, geometric mean over heads."""
+    exact = cj.attention(case.queries, case.keys, case.values)
+    return geometric_mean(np.asarray(relative_errors(case.queries, exact, coreset)[0]))
+
+
+def read_case(length: int, heads: int | None) -> Case:
+    """The first heads of the model's caches behind a held-out prompt; all if `None`."""
+    model, config = lm.load()
+    trace = lm.caches(model, text.demo_text(length + _ASKED))
+    groups = config.num_query_heads // config.num_kv_heads
+    width = trace.keys.shape[-1]
+    queries = trace.queries[..., length:, :]
+    # Query heads of a group are neighbours.
+    queries = queries.reshape(-1, groups * queries.shape[-2], width)
+    keys, values = (each[..., :length, :].reshape(-1, length, width) for each in trace[:2])
+    return Case(*(each[:heads] for each in (keys, values, queries)))
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the table."""
+    if len(arguments) > 1:
+        raise app.UsageError(f"unexpected arguments: {arguments[1:]}")
+    length, heads, halvings = (512, 2, 2) if _QUICK.value else (4096, None, 3)
+    case, size = read_case(length, heads), length >> halvings
+
+    thinned: list[np.ndarray] = []
+
+    def thin_next(head: int) -> None:
+        thinned.append(thin(*map(np.asarray, (case.keys[head], case.values[head])), halvings))
+
+    slow = sum(
+        seconds(lambda head=head: thin_next(head))
+        for head in track(range(len(case.keys)), "kt.thin")
+    )
+    kept = jnp.asarray(np.stack(thinned), jnp.int32)
+    picked = [jnp.take_along_axis(each, kept[..., None], axis=1) for each in case[:2]]
+    theirs = error(case, cj.Coreset(*picked, jnp.zeros(kept.shape), kept))
+    rows = [["kt.thin", f"{theirs:.4f}", "1", f"{slow:.2f}", "1"]]
+
+    def call(compressor: cj.Compressor, turn: int) -> Callable[[], cj.Coreset]:
+        return lambda: compressor(jax.random.key(turn), case.keys, case.values, size=size)
+
+    for method in subsets():
+        compressor = method.compressor(1)
+        jax.block_until_ready(call(compressor, 0)())
+        turns = range(_TURNS.value)
+        errors = [error(case, call(compressor, turn)()) for turn in turns]
+        times = [seconds(call(compressor, turn)) for turn in turns]
+        ours, fast = float(np.mean(errors)), float(np.median(times))
+        share, part = f"{ours / theirs:.2f}", f"{fast / slow:.4f}"
+        rows.append([method.label, f"{ours:.4f}", share, f"{fast:.3f}", part])
+    print_table(
+        f"{len(case.keys)} heads x {length} -> {size}",
+        ["method", "error", "over kt.thin's", "seconds", "over kt.thin's"],
+        rows,
+        left=["method"],
+        caption=(
+            "Error: relative mean error of attention, geometric mean over heads; ours in the mean "
+            f"over {_TURNS.value} draws.\n{stamp(0)}"
+        ),
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)
