@@ -1,7 +1,7 @@
 """Subsets by balancing beside full kernel thinning, on caches of the language model.
 
-    python -m benchmarks.thinning              # the table of the documentation, minutes
-    python -m benchmarks.thinning --quick      # two heads of a short cache, seconds
+    python -m benchmarks.thinning                         # the table of the documentation, minutes
+    python -m benchmarks.thinning --length=512 --heads=2  # seconds
 
 ``kt.thin`` is that of goodpoints, by the authors of kernel thinning, which ``make test-clients``
 installs into ``.venv-clients``; it holds the whole kernel matrix, which is its faster form, and
@@ -26,8 +26,12 @@ from experiments.leaderboard_tables import geometric_mean
 from experiments.leaderboard_work import relative_errors
 from experiments.results import print_table, stamp, track
 
-_QUICK = flags.DEFINE_bool("quick", False, "two heads of a short cache, to see that it runs")
-_TURNS = flags.DEFINE_integer("turns", 5, "turns of our methods, which draw anew in each")
+_LENGTH = flags.DEFINE_integer("length", 4096, "pairs of a head", lower_bound=8)
+_HEADS = flags.DEFINE_integer("heads", None, "how many heads; all of the model's by default")
+_DRAWS = flags.DEFINE_integer("draws", 5, "of each of our methods", lower_bound=1)
+
+# Full kernel thinning halves: eight pairs become one.
+_HALVINGS = 3
 
 # Queries that are asked: those of so many bytes behind the prompt.
 _ASKED = 512
@@ -114,13 +118,13 @@ def main(arguments: list[str]) -> None:
     """Prints the table."""
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments: {arguments[1:]}")
-    length, heads, halvings = (512, 2, 2) if _QUICK.value else (4096, None, 3)
-    case, size = read_case(length, heads), length >> halvings
+    length = _LENGTH.value
+    case, size = read_case(length, _HEADS.value), length >> _HALVINGS
 
     thinned: list[np.ndarray] = []
 
     def thin_next(head: int) -> None:
-        thinned.append(thin(*map(np.asarray, (case.keys[head], case.values[head])), halvings))
+        thinned.append(thin(*map(np.asarray, (case.keys[head], case.values[head])), _HALVINGS))
 
     slow = sum(
         seconds(lambda head=head: thin_next(head))
@@ -131,15 +135,15 @@ def main(arguments: list[str]) -> None:
     theirs = error(case, cj.Coreset(*picked, jnp.zeros(kept.shape), kept))
     rows = [["kt.thin", f"{theirs:.4f}", "1", f"{slow:.2f}", "1"]]
 
-    def call(compressor: cj.Compressor, turn: int) -> Callable[[], cj.Coreset]:
-        return lambda: compressor(jax.random.key(turn), case.keys, case.values, size=size)
+    def call(compressor: cj.Compressor, draw: int) -> Callable[[], cj.Coreset]:
+        return lambda: compressor(jax.random.key(draw), case.keys, case.values, size=size)
 
     for method in subsets():
         compressor = method.compressor(1)
         jax.block_until_ready(call(compressor, 0)())
-        turns = range(_TURNS.value)
-        errors = [error(case, call(compressor, turn)()) for turn in turns]
-        times = [seconds(call(compressor, turn)) for turn in turns]
+        draws = range(_DRAWS.value)
+        errors = [error(case, call(compressor, draw)()) for draw in draws]
+        times = [seconds(call(compressor, draw)) for draw in draws]
         ours, fast = float(np.mean(errors)), float(np.median(times))
         share, part = f"{ours / theirs:.2f}", f"{fast / slow:.4f}"
         rows.append([method.label, f"{ours:.4f}", share, f"{fast:.3f}", part])
@@ -150,7 +154,7 @@ def main(arguments: list[str]) -> None:
         left=["method"],
         caption=(
             "Error: relative mean error of attention, geometric mean over heads; ours in the mean "
-            f"over {_TURNS.value} draws.\n{stamp(0)}"
+            f"over {_DRAWS.value} draws.\n{stamp(0)}"
         ),
     )
 

@@ -19,6 +19,7 @@ def heads():
     return tuple(pairs / jnp.linalg.norm(pairs, axis=-1, keepdims=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eps", [0.08])
 def test_certified_and_half_of_it_is_not(heads, eps):
     coreset, promise = cj.compress(RNG, *heads, eps=eps, rho=1.0)

@@ -49,7 +49,7 @@ def check_subset(coreset, keys, values, lengths):
         np.testing.assert_array_equal(coreset.values[head][:kept], values[head][indices])
 
 
-@pytest.mark.parametrize("size", [1, 7, 64, 299])
+@pytest.mark.parametrize("size", [1, 7, 64, pytest.param(299, marks=pytest.mark.slow)])
 def test_weights_add_up_for_every_length(size):
     most = 300
     lengths = np.arange(1, most + 1)

@@ -54,8 +54,11 @@ def test_sample_queries_are_matched(cache):
     assert miss(matched) < 0.95 * miss(blind)
 
 
-@pytest.mark.parametrize("queries", [False, True])
-@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "ragged"),
+    [(True, True)]
+    + [pytest.param(*each, marks=pytest.mark.slow) for each in ((0, 0), (0, 1), (1, 0))],
+)
 def test_cuts_within_cuts(monkeypatch, cache, queries, ragged):
     """Groups of stretches of parts, each head with a radius of its own."""
     module = sys.modules["coreset_jax.fitted"]
@@ -90,6 +93,7 @@ def test_a_radius_is_that_of_the_whole_cache(cache):
     chex.assert_trees_all_close(by_rho, by_norm, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_half_the_error_of_the_subset():
     """Clustered keys in no order, on queries that nobody was shown."""
     rng = jax.random.split(RNG, 5)

@@ -97,6 +97,7 @@ def test_a_state_of_fixed_shapes_in_a_scan(pairs):
     chex.assert_trees_all_equal(SMALL.coreset(end), SMALL.coreset(run(SMALL, *pairs, 1)))
 
 
+@pytest.mark.slow
 def test_ragged_streams_are_streams_of_their_own(pairs):
     keys, values = pairs
     lengths = np.array([[200, 0, 150], [1, 33, 64]])
@@ -197,6 +198,7 @@ def test_short_streams_merge_exactly(pairs):
     assert np.all(np.asarray(coreset.log_weights)[..., :30] == 0)
 
 
+@pytest.mark.slow
 def test_merging_keeps_the_error_small():
     keys, values = unit_sphere(3, 8192)
     stream = streaming.merge_and_reduce(size=512, query_norm=1.0, scale=1.0)

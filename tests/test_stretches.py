@@ -103,6 +103,7 @@ def test_fitted_takes_a_radius_a_head_and_any_length():
     np.testing.assert_allclose(sums, lengths, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_matched_groups_keep_their_balance(monkeypatch):
     """Two halves of a cache that differ in all they can, matched apart, answer as one."""
     monkeypatch.setattr(fitted, "_MOST_MATCHED", 64)

@@ -15,7 +15,12 @@ ROWS = json.loads(FIGURES.read_text(encoding="utf-8"))["errors"]
 
 @pytest.mark.parametrize(
     ("name", "size", "share"),
-    [("smooth", 128, 0.8), ("smooth", 512, 0.9), ("medium", 128, 1), ("heavy", 128, 1.05)],
+    [
+        ("smooth", 128, 0.8),
+        pytest.param("smooth", 512, 0.9, marks=pytest.mark.slow),
+        ("medium", 128, 1),
+        ("heavy", 128, 1.05),
+    ],
 )
 def test_default_errs_less_than_the_best_rival(instances, mean_error, name, size, share):
     """Than its authors' own code did, on the very same caches."""

@@ -21,6 +21,7 @@ def test_quick_run_prints_the_table():
     assert "2 heads x 1024 -> 128" in finished.stdout
 
 
+@pytest.mark.slow
 def test_every_method_compresses_the_same_cache():
     case = methods.Case(1, 64, 16, 8, 32)
     for call in methods.calls(case).values():

@@ -6,6 +6,7 @@ import numpy as np
 from coreax import Data, SquaredExponentialKernel
 from coreax.solvers import KernelThinning
 
+from benchmarks.thinning import points_and_bandwidth
 from tests.clients import thinning
 
 COUNT, SIZE = 1024, 128
@@ -13,7 +14,7 @@ COUNT, SIZE = 1024, 128
 
 def test_balanced_is_better():
     keys, values, queries = thinning.cache(COUNT)
-    points, bandwidth = thinning.points_and_bandwidth(keys, values)
+    points, bandwidth = points_and_bandwidth(keys, values)
     kernel = SquaredExponentialKernel(length_scale=float(np.sqrt(bandwidth / 2)))
     errors = []
     for seed in range(2):

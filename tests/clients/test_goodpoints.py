@@ -3,10 +3,9 @@
 import time
 
 import jax
-import numpy as np
-from goodpoints import kt
 
 import coreset_jax as cj
+from benchmarks.thinning import thin
 from tests.clients import thinning
 
 COUNT, HALVINGS = 4096, 3
@@ -22,16 +21,7 @@ def test_balanced_is_better_and_twenty_times_faster():
     keys, values, queries = thinning.cache(COUNT)
     size = COUNT >> HALVINGS
 
-    def thin():
-        points, bandwidth = thinning.points_and_bandwidth(keys, values)
-
-        def kernel(point, points):
-            return np.exp(-np.sum((points - point) ** 2, axis=1) / bandwidth)
-
-        # With the whole kernel matrix in memory, which is faster.
-        return kt.thin(points, HALVINGS, kernel, kernel, seed=0, store_K=True)
-
-    kept, slow = seconds(thin)
+    kept, slow = seconds(lambda: thin(keys, values, HALVINGS))
     assert len(kept) == size
     theirs = thinning.error_of_pairs(kept, keys, values, queries)
     assert thinning.error_of_balanced(keys, values, queries, size) <= theirs

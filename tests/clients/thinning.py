@@ -21,19 +21,6 @@ def cache(count):
     return [array.astype(np.float32) for array in (keys, values, queries)]
 
 
-def points_and_bandwidth(keys, values):
-    """[keys, values], each in units of its spread, and half the square of a median distance."""
-    columns = []
-    for array in (keys, values):
-        centered = np.float64(array) - array.mean(axis=0)
-        columns.append(centered / np.sqrt(np.mean(np.sum(centered**2, axis=1))))
-    points = np.concatenate(columns, axis=1)
-    some = points[:1000]
-    squares = np.sum(some**2, axis=1)
-    squares = squares[:, None] + squares[None] - 2 * some @ some.T
-    return points, 0.5 * np.median(squares[np.triu_indices(len(some), 1)])
-
-
 def error_of_pairs(kept, keys, values, queries):
     """The mean error of attention over some pairs, alike in weight."""
     exact = cj.attention(queries, keys, values)

@@ -361,6 +361,7 @@ class TestTraining:
             error = jnp.linalg.norm(each - reference) / jnp.linalg.norm(reference)
             assert 1e-6 < float(error) < 0.05
 
+    @pytest.mark.slow
     def test_interrupted_run_resumes_exactly(self, tmp_path: pathlib.Path) -> None:
         config = train_config.get_config("tiny")
         root = pathlib.Path(lm.__file__).parents[1]

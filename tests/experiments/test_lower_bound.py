@@ -20,6 +20,7 @@ def config(tmp_path):
     return config
 
 
+@pytest.mark.slow
 def test_a_tiny_game_is_played_printed_drawn_and_resumed(config, capsys, monkeypatch):
     panels = lower_bound.run(config)
     printed = capsys.readouterr().out

@@ -99,6 +99,7 @@ def test_held_pairs_are_those_of_the_sequence(config, sequences, empty_cache, we
             check_held(cache, sequences, weights)
 
 
+@pytest.mark.slow
 def test_each_sequence_of_a_ragged_batch_is_read_as_if_alone(sequences, empty_cache):
     lengths = np.array([3, 150, 57, 30])
 

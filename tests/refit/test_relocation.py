@@ -238,6 +238,7 @@ def test_without_steps_keys_stay():
     np.testing.assert_array_equal(coreset.indices, subset.indices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [1.0, 4.0])
 def test_worst_error_is_a_fraction_of_that_of_the_fit_that_stays(rho):
     pairs = jax.random.normal(jax.random.key(1), (2, 4096, 16))
