@@ -379,7 +379,7 @@ def print_verdict(board: Board, ratio: int) -> None:
                 row += (
                     ["–", "–", "–"]
                     if loss is None
-                    else [f"{loss[0]:+.4f}", f"{loss[1]:+.4f} {loss[2]}", _over(*loss[:2])]
+                    else [f"{loss[0]:.4f}", f"{loss[1]:.4f} {loss[2]}", _over(*loss[:2])]
                 )
             bits.append(row)
     results.print_table(

@@ -184,9 +184,10 @@ def relocation(
     Returns:
       A :class:`~coreset_jax.coreset.Compressor`. Neither keys nor values are the source's any
       more, ``indices`` say where a key came from, and weights need not sum to the length. Time is
-      that of ``2 * steps + 1`` passes of ``n * m`` kernel values and of ``steps + 3`` Cholesky
-      factors a head; memory a few ``m * m`` and ``2048 * m`` matrices, and one of ``n * m`` where
-      that has no more than two million entries, for a few heads at a time.
+      that of ``2 * steps + 1`` passes of ``n * m`` kernel values, or ``steps + 1`` where these have
+      no more than two million entries and are kept for the step behind a fit, and of ``steps + 1``
+      Cholesky factors a head, and up to three more; memory a few ``m * m`` and ``2048 * m``
+      matrices, and two of ``n * m`` where they are kept, for a few heads at a time.
 
     Raises:
       ValueError: on bad options here; when called, as ``compressor`` does, and if it returns
@@ -217,7 +218,8 @@ def moves(
 ) -> Compressor:
     """:func:`relocation` for another one of no steps behind it: the last fit is left to that.
 
-    What stands behind the keys is of where they were before the last step.
+    Arguments and errors are those of :func:`relocation`. What stands behind the keys is of where
+    they were before the last step, which nobody has judged: what follows must fit again.
     """
     return _relocation(compressor, rho, query_norm, scale, kernel_radius, steps, fits=False)
 

@@ -16,6 +16,9 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 # Pairs of the cache whose kernel with the coreset is held at a time.
 _BLOCK = 2048
+
+# What a head is given of memory, over the entries of that kernel, and over those of one that is
+# kept, of which there are two.
 _KERNEL_SHARE = 32
 _KEPT_SHARE = 8
 
@@ -207,9 +210,15 @@ def walk(
     steps: int,
     fits: bool = True,
 ) -> Walk:
-    """Keys after some steps from where they were fitted first; without a last fit if not ``fits``.
+    """Keys after some steps from where they were fitted first.
 
-    Every step begins with a fit: without one behind the last, that before it is what is returned.
+    Args:
+      source: the cache.
+      start: the keys to begin with.
+      free: which of them move.
+      first: the fit behind them, which kept its kernel if there are steps.
+      steps: how many, static.
+      fits: whether a fit follows the last step, static; if not, that before it is returned.
     """
 
     def move(walk: Walk) -> Walk:

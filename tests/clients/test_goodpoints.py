@@ -1,11 +1,13 @@
 """Full kernel thinning, as a user of goodpoints runs it, beside a balance of the same pairs."""
 
+import subprocess
+import sys
 import time
 
 import jax
 
 import coreset_jax as cj
-from benchmarks.thinning import thin
+from benchmarks.thinning import subsets, thin
 from tests.clients import thinning
 
 COUNT, HALVINGS = 4096, 3
@@ -32,3 +34,16 @@ def test_balanced_is_better_and_twenty_times_faster():
     # The first one compiles; the fastest of five is the one that the machine disturbed least.
     fast = min(seconds(compress)[1] for _ in range(6))
     assert fast <= slow / 20
+
+
+def test_the_benchmark_sets_every_subset_beside_it():
+    options = ["--length=512", "--heads=2", "--draws=1"]
+    finished = subprocess.run(
+        [sys.executable, "-m", "benchmarks.thinning", *options],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "2 heads x 512 -> 64" in finished.stdout
+    for name in ("kt.thin", *(method.label for method in subsets())):
+        assert f" {name} " in finished.stdout
