@@ -36,6 +36,7 @@ def test_certified_and_half_of_it_is_not(heads, eps):
     assert float(jnp.max(certificate(*heads, half, rho=1.0).error)) > eps
 
 
+@pytest.mark.slow
 def test_out_of_reach_says_what_is_in_reach(heads):
     with pytest.raises(cj.OutOfReachError, match="out of reach") as refused:
         cj.compress(RNG, *heads, eps=1e-5, rho=1.0)

@@ -162,6 +162,7 @@ def test_every_head_has_its_own_radius(cache, name):
     assert len(drawn) == radii.size
 
 
+@pytest.mark.slow
 def test_sample_queries_stand_for_their_largest_norm(cache):
     queries = np.random.default_rng(4).standard_normal((*LEADING, 3, WIDTH)).astype(np.float32)
     norms = np.linalg.norm(queries, axis=-1).max(axis=-1)
@@ -295,6 +296,7 @@ def test_four_devices_give_what_one_gives(compressor, cache):
     assert coreset.keys.sharding.is_equivalent_to(sharding, 4)
 
 
+@pytest.mark.slow
 def test_explicit_shard_map_and_scan_give_what_single_calls_give(compressor, cache):
     keys, values = (array.reshape(-1, 2, *array.shape[2:]) for array in cache)
     rngs = jax.random.split(RNG, len(keys))

@@ -76,6 +76,7 @@ def test_weights_add_up_at_any_time(pairs):
             check_subset(SMALL.coreset(state), *pairs, count)
 
 
+@pytest.mark.slow
 def test_pairs_may_come_one_by_one_or_many_at_once(pairs):
     expected = SMALL.coreset(run(SMALL, *pairs))
     for piece in (1, 16, 23):
@@ -188,6 +189,7 @@ def test_merged_streams_stand_for_both(pairs):
         check_subset(SMALL.coreset(more), *doubled, 2 * COUNT)
 
 
+@pytest.mark.slow
 def test_short_streams_merge_exactly(pairs):
     keys, values = pairs
     left, right = (
@@ -239,6 +241,7 @@ def test_nothing_halved_is_no_error(pairs):
     assert np.all(np.asarray(error.estimate) == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outlier", [False, True])
 def test_keys_that_drift_and_outliers(outlier):
     """The geometry of the first pairs is not that of the last."""
@@ -285,6 +288,7 @@ def test_half_and_double_precision(pairs, x64):
         check_subset(coreset, keys, values, COUNT)
 
 
+@pytest.mark.slow
 def test_any_walk(pairs):
     for walk in (cj.walks.self_balancing, cj.walks.gram_schmidt):
         stream = streaming.merge_and_reduce(size=SIZE, block_size=16, landmarks=8, walk=walk)

@@ -228,6 +228,7 @@ def test_same_rng_same_coreset_and_heads_differ(name, cache):
     assert tuple(np.asarray(other.indices[0, 0])) not in drawn
 
 
+@pytest.mark.slow
 def test_heads_are_numbered_flat(compressor, cache):
     coreset = compressor(jax.random.key(0), *cache, size=SIZE)
     flat = compressor(

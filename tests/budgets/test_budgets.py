@@ -79,6 +79,7 @@ def test_pairs_add_up_to_no_more_than_the_budget(wrap, cache):
         assert np.all(totals > 0.6 * HEADS * size)
 
 
+@pytest.mark.slow
 def test_heads_have_what_the_compressor_makes_of_them(cache):
     compressor = baselines.kmeans(iterations=1)
     for wrap in (budgets.adaptive, budgets.by_energy):
@@ -286,6 +287,7 @@ def test_lengths_are_respected_and_short_heads_yield(wrap, cache):
     np.testing.assert_allclose(np.exp(coreset.log_weights).sum(axis=-1), lengths, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_normalizers_pass_through(wrap_coarsely, cache):
     compressor = wrap_coarsely(baselines.wildcat())
     # At the larger size some heads are kept whole, and those have none of their own.

@@ -47,6 +47,7 @@ def test_a_cache_with_room_costs_the_same(model, prompt):
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_an_empty_cache_reads_from_the_start(model):
     config = lm.load()[1]
     for each in (None, decoding.cache_config("fitted", 200, 0.25, 8, {})):

@@ -132,6 +132,7 @@ def test_divergence_against_brute_force_and_its_theorems():
     np.testing.assert_array_equal(leaderboard_work.divergence(exact, exact), np.zeros(2))
 
 
+@pytest.mark.slow
 def test_divergence_is_the_loss_to_expect_where_texts_come_as_the_full_cache_says(model):
     """The mean over drawn bytes of what they cost more behind a sample of the cache."""
     config = leaderboard_config.get_config("tiny")

@@ -113,6 +113,7 @@ def shares64(keys, vectors, masses, rho, degrees):
     return np.array(numerator), np.array(denominator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refitted", [False, True])
 @pytest.mark.parametrize("degrees", [3, 4])
 def test_no_share_is_below_its_value_in_float64(degrees, refitted):
@@ -267,6 +268,7 @@ def test_the_whole_cache_has_no_error_and_padding_no_part():
     np.testing.assert_allclose(bound(slots).error, plain.error, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_heads_are_independent_and_one_that_is_not_finite_is_nan():
     keys, values, coreset = instance(8, leading=(2, 3))
     query_norm = jnp.asarray([[0.5, 1.0, 2.0], [4.0, 8.0, 16.0]])
@@ -310,6 +312,7 @@ def test_equal_shapes_trace_once():
     assert _certificate._cache_size() == traced
 
 
+@pytest.mark.slow
 def test_sharded_heads_give_what_whole_ones_give():
     keys, values, coreset = instance(11, leading=(4,))
     bound = partial(certificate, rho=1.0, scale=1.0)

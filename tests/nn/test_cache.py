@@ -137,6 +137,7 @@ def test_a_prompt_beside_running_sequences_is_compressed_at_once(sequences, empt
         np.testing.assert_array_equal(mixed.positions[entry], expected.positions[0])
 
 
+@pytest.mark.slow
 def test_prompts_are_read_a_few_queries_at_a_time(sequences, empty_cache, monkeypatch):
     cache = empty_cache().prefill(*sequences[1:])
     lengths = np.array([150, 3, 80, 149])
@@ -161,6 +162,7 @@ def test_padding_is_as_if_it_were_not_there(sequences, empty_cache):
         np.testing.assert_allclose(after[[entry]], alone[:, count:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filling", [np.nan, np.inf])
 def test_padding_may_hold_anything(sequences, empty_cache, filling):
     lengths, more = np.array([0, 3, 57, 150]), np.array([0, 17, 5, 16])

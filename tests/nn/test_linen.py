@@ -166,6 +166,7 @@ def test_many_steps_keep_shapes_and_lengths(inputs):
     chex.assert_trees_all_equal(restored, cache)
 
 
+@pytest.mark.slow
 def test_ragged_batches_are_read_by_their_lengths(inputs):
     module = ours(decode=True, rope_base=100.0)
     params = ours().init(jax.random.key(1), inputs)["params"]

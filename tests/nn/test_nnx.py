@@ -99,6 +99,7 @@ def test_rotary_positions_are_those_of_the_sequence(inputs, decoding):
     np.testing.assert_allclose(found, plain.out(heads), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ragged_batches_are_read_by_their_lengths(inputs):
     _, ours = pair(rope_base=100.0, num_kv_heads=2)
     lengths = jnp.array([16, 9])

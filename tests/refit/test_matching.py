@@ -119,6 +119,7 @@ def families(seed):
     return jnp.asarray(keys, jnp.float32), jnp.asarray(values, jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFITS)
 @pytest.mark.parametrize("size", [1, SIZE])
 def test_never_worse_for_the_samples(name, size):
@@ -180,6 +181,7 @@ def asked(seed, far):
     return tuple(jnp.asarray(array, jnp.float32) for array in (keys, values, *queries))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("far", "count", "most"),
     [(False, 16, 1.02), (False, 64, 0.96), (False, 512, 0.88), (True, 512, 0.96)],

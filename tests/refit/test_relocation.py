@@ -119,8 +119,15 @@ def test_a_walk_without_a_last_fit_goes_to_the_same_places(x64):
     np.testing.assert_allclose(walks[1].fit.columns, before.fit.columns, rtol=1e-9)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("steps", "dtype"),
+    [
+        (3, jnp.float32),
+        pytest.param(0, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(1, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(3, jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_moves_leave_the_keys_where_a_relocation_does(steps, dtype):
     keys, values = jax.random.normal(RNG, (2, 3, 80, 5)).astype(dtype)
     whole = cj.refit.relocation(cj.pivoted(), steps=steps)(RNG, keys, values, size=12)
@@ -145,6 +152,7 @@ def test_masses_that_are_not_short_are_those_of_the_fit(x64):
     np.testing.assert_array_equal(found, fit.columns[:, -1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 def test_moves_and_a_fit_are_no_worse_than_where_they_began(steps):
     """In parts of their own, whatever the cache is like: nothing else judges the last step."""
@@ -196,6 +204,7 @@ def energy(keys, values, coreset):
     return np.sum(both * (np.exp(places @ places.T) @ both))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [cj.baselines.uniform(), cj.pivoted()])
 def test_never_much_worse_and_mostly_far_better(start):
     compressor = cj.refit.relocation(start)
@@ -255,6 +264,7 @@ def test_heavy_pairs_come_from_the_source_whatever_they_were_made_into():
     np.testing.assert_array_equal(coreset.values[places], values[far])
 
 
+@pytest.mark.slow
 def test_large_values_in_a_narrow_dtype_stay_finite():
     keys, values = jax.random.normal(RNG, (2, 1024, 16))
     for factor, dtype in ((3000, jnp.float16), (1e37, jnp.float32)):
@@ -308,6 +318,7 @@ def test_ragged_heads_are_heads_of_their_own():
             np.testing.assert_array_equal(coreset.log_weights[head], subset.log_weights[head])
 
 
+@pytest.mark.slow
 def test_half_precision_is_fitted_where_it_is_rounded_to():
     keys, values = jax.random.normal(RNG, (2, 2, 400, 8))
     halves = [array.astype(jnp.bfloat16) for array in (keys, values)]
