@@ -28,7 +28,10 @@ def test_compress_is_fitted_with_its_defaults(cache):
     np.testing.assert_allclose(np.exp(coreset.log_weights).sum(axis=-1), lengths, rtol=1e-6)
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 40, 79, 119, 120, 130])
+@pytest.mark.parametrize(
+    "size",
+    [1, 40, 119, 120, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 5, 79, 130))],
+)
 def test_any_size(cache, size):
     coreset = cj.fitted()(RNG, *cache, size=size)
     if size >= 120:
@@ -54,15 +57,9 @@ def test_sample_queries_are_matched(cache):
     assert miss(matched) < 0.95 * miss(blind)
 
 
-@pytest.mark.parametrize(
-    ("queries", "ragged"),
-    [
-        (True, True),
-        pytest.param(False, False, marks=pytest.mark.slow),
-        pytest.param(False, True, marks=pytest.mark.slow),
-        pytest.param(True, False, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("queries", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
 def test_cuts_within_cuts(monkeypatch, cache, queries, ragged):
     """Groups of stretches of parts, each head with a radius of its own."""
     module = sys.modules["coreset_jax.fitted"]

@@ -130,6 +130,7 @@ def test_pyramids_fall_in_a_line(beta):
     assert layer_budgets(5, 64, 1000, 20.0)[-1] == int(64 / 20)
 
 
+@pytest.mark.slow
 def test_equal_heads_are_treated_alike(cache):
     equal = [np.broadcast_to(array[:1, :1], array.shape) for array in cache]
     # Where nothing is to be split, whatever the heads; and where a method draws nothing.
@@ -349,6 +350,7 @@ def jits():
     )
 
 
+@pytest.mark.slow
 def test_transformations_and_types(wrap_coarsely, cache):
     compressor = wrap_coarsely(UNIFORM)
     expected = compress(compressor, cache)

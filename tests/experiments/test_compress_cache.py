@@ -61,6 +61,7 @@ def cache() -> cache_file.CompressedCache:
     return cache_file.CompressedCache(coreset, SOURCE)
 
 
+@pytest.mark.slow
 class TestJob:
     def test_table_has_the_geometric_means(self, job: Job) -> None:
         for name in compress_cache.METHODS:

@@ -39,6 +39,7 @@ def test_full_cache_costs_what_the_model_costs(model, prompt):
         np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_cache_with_room_costs_the_same(model, prompt):
     config = decoding.cache_config("fitted", 200, 0.25, 8, decode.COMPRESSORS)
     caches = decoding.prefilled(prompt, config, 0)

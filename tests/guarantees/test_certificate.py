@@ -135,6 +135,7 @@ def test_no_share_is_below_its_value_in_float64(degrees, refitted):
         np.testing.assert_allclose(bound.denominator, denominator, rtol=0.15, atol=noise)
 
 
+@pytest.mark.slow
 def test_wide_keys_sum_degree_two_over_pairs():
     keys, values, coreset = instance(0, width=68)
     rho = 1.5
@@ -151,6 +152,7 @@ def test_wide_keys_sum_degree_two_over_pairs():
     assert found.error <= bound.error
 
 
+@pytest.mark.slow
 def test_double_precision_promises_no_more():
     bounds = []
     for double in (False, True):

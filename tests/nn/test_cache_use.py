@@ -183,6 +183,7 @@ def newest(rng, keys, values, *, size, lengths=None, queries=None):
     return gather(keys, values, indices, log_weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compressor",
     [

@@ -67,6 +67,7 @@ def decode(module, params, inputs, pieces, lengths=None):
     return np.concatenate(outputs, axis=1), cache["coreset"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
 def test_decodes_like_the_plain_module_while_everything_fits(inputs, pieces):
     params = plain().init(jax.random.key(1), inputs)["params"]

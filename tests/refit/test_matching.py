@@ -255,6 +255,7 @@ def test_empty_slots_stay_empty(name):
     np.testing.assert_allclose(after.values[:4], alone.values, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_half_precision():
     keys, values = jax.random.normal(RNG, (2, 2, 400, 8)).astype(jnp.bfloat16)
     queries = jax.random.normal(jax.random.key(3), (2, 2, 100, 8)).astype(jnp.bfloat16)

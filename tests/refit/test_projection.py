@@ -133,6 +133,7 @@ def test_a_bound_on_the_weights_holds():
         assert bool(jnp.all(after.log_weights >= least - 1e-5))
 
 
+@pytest.mark.slow
 def test_heads_do_not_retrace_and_transform():
     keys, values = families(0)
     compressor = refit.nystrom(cj.balanced(block_size=8, landmarks=8), rho=2.0)
