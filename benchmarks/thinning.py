@@ -1,6 +1,6 @@
 """Subsets by balancing beside full kernel thinning, on caches of the language model.
 
-    python -m benchmarks.thinning                         # the table of the documentation, minutes
+    python -m benchmarks.thinning                         # the documented figures, minutes
     python -m benchmarks.thinning --length=512 --heads=2  # seconds
 
 ``kt.thin`` is that of goodpoints, by the authors of kernel thinning, which ``make test-clients``
@@ -10,45 +10,31 @@ a held-out prompt; errors are those of attention on the queries that the model a
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 import coreset_jax as cj
 from benchmarks.compress import seconds
+from coreset_jax.coreset import gather
 from experiments import lm, text
 from experiments.leaderboard_methods import METHODS, Method
 from experiments.leaderboard_tables import geometric_mean
-from experiments.leaderboard_work import relative_errors
+from experiments.leaderboard_work import read_texts, relative_errors
 from experiments.results import print_table, stamp, track
 
-_LENGTH = flags.DEFINE_integer("length", 4096, "pairs of a head", lower_bound=8)
+# Queries that are asked: those of so many bytes behind the prompt.
+_ASKED = 512
+
+_LENGTH = flags.DEFINE_integer("length", 4096, "pairs of a head", lower_bound=_ASKED)
 _HEADS = flags.DEFINE_integer("heads", None, "how many heads; all of the model's by default")
 _DRAWS = flags.DEFINE_integer("draws", 5, "of each of our methods", lower_bound=1)
 
 # Full kernel thinning halves: eight pairs become one.
 _HALVINGS = 3
-
-# Queries that are asked: those of so many bytes behind the prompt.
-_ASKED = 512
-
-
-class Case(NamedTuple):
-    """Some heads of a cache, and what they are asked.
-
-    Attributes:
-      keys: `[heads, n, d]`.
-      values: likewise.
-      queries: `[heads, q, d]`.
-    """
-
-    keys: Float[Array, "heads n d"]
-    values: Float[Array, "heads n d"]
-    queries: Float[Array, "heads q d"]
 
 
 def points_and_bandwidth(
@@ -95,60 +81,48 @@ def subsets() -> list[Method]:
     return [method for method in METHODS if method.ours and method.subset]
 
 
-def error(case: Case, coreset: cj.Coreset) -> float:
-    """The relative mean error of attention, geometric mean over heads."""
-    exact = cj.attention(case.queries, case.keys, case.values)
-    return geometric_mean(np.asarray(relative_errors(case.queries, exact, coreset)[0]))
-
-
-def read_case(length: int, heads: int | None) -> Case:
-    """The first heads of the model's caches behind a held-out prompt; all if `None`."""
-    model, config = lm.load()
-    trace = lm.caches(model, text.demo_text(length + _ASKED))
-    groups = config.num_query_heads // config.num_kv_heads
-    width = trace.keys.shape[-1]
-    queries = trace.queries[..., length:, :]
-    # Query heads of a group are neighbours.
-    queries = queries.reshape(-1, groups * queries.shape[-2], width)
-    keys, values = (each[..., :length, :].reshape(-1, length, width) for each in trace[:2])
-    return Case(*(each[:heads] for each in (keys, values, queries)))
-
-
 def main(arguments: list[str]) -> None:
     """Prints the table."""
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments: {arguments[1:]}")
-    length = _LENGTH.value
-    case, size = read_case(length, _HEADS.value), length >> _HALVINGS
+    length, size = _LENGTH.value, _LENGTH.value >> _HALVINGS
+    tokens = text.demo_text(length + _ASKED).astype(np.int32)[None]
+    texts = read_texts(lm.load()[0], tokens, length, fitting=1)
+    # The heads of all layers in one row.
+    keys, values, asked, exact = (
+        each.reshape(-1, *each.shape[-2:])[: _HEADS.value]
+        for each in (texts.keys, texts.values, texts.asked, texts.exact)
+    )
+
+    def error(coreset: cj.Coreset) -> float:
+        return geometric_mean(np.asarray(relative_errors(asked, exact, coreset)[0]))
 
     thinned: list[np.ndarray] = []
 
     def thin_next(head: int) -> None:
-        thinned.append(thin(*map(np.asarray, (case.keys[head], case.values[head])), _HALVINGS))
+        thinned.append(thin(np.asarray(keys[head]), np.asarray(values[head]), _HALVINGS))
 
     slow = sum(
-        seconds(lambda head=head: thin_next(head))
-        for head in track(range(len(case.keys)), "kt.thin")
+        seconds(lambda head=head: thin_next(head)) for head in track(range(len(keys)), "kt.thin")
     )
     kept = jnp.asarray(np.stack(thinned), jnp.int32)
-    picked = [jnp.take_along_axis(each, kept[..., None], axis=1) for each in case[:2]]
-    theirs = error(case, cj.Coreset(*picked, jnp.zeros(kept.shape), kept))
+    theirs = error(gather(keys, values, kept, jnp.zeros(kept.shape)))
     rows = [["kt.thin", f"{theirs:.4f}", "1", f"{slow:.2f}", "1"]]
 
     def call(compressor: cj.Compressor, draw: int) -> Callable[[], cj.Coreset]:
-        return lambda: compressor(jax.random.key(draw), case.keys, case.values, size=size)
+        return lambda: compressor(jax.random.key(draw), keys, values, size=size)
 
     for method in subsets():
         compressor = method.compressor(1)
         jax.block_until_ready(call(compressor, 0)())
         draws = range(_DRAWS.value)
-        errors = [error(case, call(compressor, draw)()) for draw in draws]
+        errors = [error(call(compressor, draw)()) for draw in draws]
         times = [seconds(call(compressor, draw)) for draw in draws]
         ours, fast = float(np.mean(errors)), float(np.median(times))
         share, part = f"{ours / theirs:.2f}", f"{fast / slow:.4f}"
         rows.append([method.label, f"{ours:.4f}", share, f"{fast:.3f}", part])
     print_table(
-        f"{len(case.keys)} heads x {length} -> {size}",
+        f"{len(keys)} heads x {length} -> {size}",
         ["method", "error", "over kt.thin's", "seconds", "over kt.thin's"],
         rows,
         left=["method"],

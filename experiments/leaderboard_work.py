@@ -200,33 +200,30 @@ class Work:
         return self._texts[kind]
 
     def tasks(self, kind: str) -> dict[str, tuple[np.ndarray, int]]:
-        """Bytes behind the prompts by task `[passages, bytes]`, and how many are a mere cue."""
-        texts, length = self.texts(kind), self.config.prompt_bytes
-        return {
-            "continuation": (texts.tokens[:, length:], 0),
-            "repeated": (texts.repeated[:, length:], decode.CUE),
-        }
+        """The texts by task `[passages, bytes]`, and how many bytes behind the prompt are a cue."""
+        texts = self.texts(kind)
+        return {"continuation": (texts.tokens, 0), "repeated": (texts.repeated, decode.CUE)}
 
     def expected(self, kind: str) -> dict[str, np.ndarray]:
         """What the model with its full cache expects, by task `[passages, bytes - 1, 256]`."""
         if kind not in self._expected:
-            texts, length = self.texts(kind), self.config.prompt_bytes
+            length = self.config.prompt_bytes
             self._expected[kind] = {
                 task: np.stack(
-                    [np.asarray(lm.predictions(self.model, row))[length:] for row in rows]
+                    [np.asarray(lm.predictions(self.model, row))[length:] for row in tokens]
                 )
-                for task, rows in (("continuation", texts.tokens), ("repeated", texts.repeated))
+                for task, (tokens, _) in self.tasks(kind).items()
             }
         return self._expected[kind]
 
     def exact(self, kind: str) -> Cell:
         """Bits a byte behind the full cache."""
-        texts, found = self.texts(kind), self.expected(kind)
-        bits = {
-            task: np.asarray(lm.costs_of(found[task], tokens))[:, cue:].mean(axis=1)
-            for task, (tokens, cue) in self.tasks(kind).items()
-        }
-        return {**bits, "bytes": _FLOAT_BYTES * (texts.keys[0].size + texts.values[0].size)}
+        texts, length = self.texts(kind), self.config.prompt_bytes
+        found: Cell = {"bytes": _FLOAT_BYTES * (texts.keys[0].size + texts.values[0].size)}
+        for task, (tokens, cue) in self.tasks(kind).items():
+            costs = np.asarray(lm.costs_of(self.expected(kind)[task], tokens[:, length:]))
+            found[task] = costs[:, cue:].mean(axis=1)
+        return found
 
     def compressed(self, name: str, kind: str, ratio: int, seed: int) -> Cell:
         """Errors, bits a byte, seconds and bytes of a method; or why there are none."""
@@ -278,9 +275,9 @@ class Work:
         previous = self.texts(kind).tokens[:, length - 2 : length]
         found = {}
         for task, (tokens, cue) in self.tasks(kind).items():
-            parts = decoding.predictions(self.model, caches, tokens, previous)
+            behind, exact = tokens[:, length:], self.expected(kind)[task]
+            parts = decoding.predictions(self.model, caches, behind, previous)
             heard = np.concatenate([np.asarray(part) for part, _ in parts], axis=1)
-            found[task] = np.asarray(lm.costs_of(heard, tokens))[:, cue:].mean(axis=1)
-            exact = self.expected(kind)[task]
+            found[task] = np.asarray(lm.costs_of(heard, behind))[:, cue:].mean(axis=1)
             found[f"{task}_divergence"] = divergence(exact[:, cue:], heard[:, cue:])
         return found

@@ -107,17 +107,6 @@ def test_near_copies_leave_no_more_than_their_distance(apart):
     assert residuals(keys, found).max() <= 40 * apart**2 + 1e-3
 
 
-@pytest.mark.parametrize("size", [1, 3, 8, 12])
-def test_places_of_marks_are_in_order(size):
-    rng = np.random.default_rng(size)
-    for share in (0.0, 0.3, 1.0):
-        marks = rng.random(8) < share
-        expected = np.full(size, 8)
-        places = np.flatnonzero(marks)[:size]
-        expected[: len(places)] = places
-        np.testing.assert_array_equal(pivots.places_of(jnp.asarray(marks), size), expected)
-
-
 def test_what_has_no_importance_is_not_drawn():
     keys = jax.random.normal(RNG, (50, 4))
     importance = jnp.where(jnp.arange(50) % 2 == 0, 0.0, -jnp.inf)

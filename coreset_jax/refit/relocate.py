@@ -11,7 +11,8 @@ with :math:`a_i` the columns ``[values, 1]`` of a pair, is quadratic in :math:`Y
 take a third off the error of attention.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -30,7 +31,7 @@ from coreset_jax.refit.steps import (
     least_masses,
     walk,
 )
-from coreset_jax.refit.wrapper import refitted
+from coreset_jax.refit.wrapper import Refitted, refitted
 
 # No key stands for less than this part of a pair.
 _LEAST_WEIGHT = 0.1
@@ -204,43 +205,26 @@ def relocation(
     >>> bool((coreset.keys != keys[coreset.indices]).any())
     True
     """
-    return _relocation(compressor, rho, query_norm, scale, kernel_radius, steps, fits=True)
-
-
-def moves(
-    compressor: Compressor,
-    *,
-    rho: ArrayLike | None = None,
-    query_norm: ArrayLike | None = None,
-    scale: float | None = None,
-    kernel_radius: ArrayLike | None = None,
-    steps: int = 3,
-) -> Compressor:
-    """:func:`relocation` for another one of no steps behind it: the last fit is left to that.
-
-    Arguments and errors are those of :func:`relocation`. What stands behind the keys is of where
-    they were before the last step, which nobody has judged: what follows must fit again.
-    """
-    return _relocation(compressor, rho, query_norm, scale, kernel_radius, steps, fits=False)
-
-
-def _relocation(
-    compressor: Compressor,
-    rho: ArrayLike | None,
-    query_norm: ArrayLike | None,
-    scale: float | None,
-    kernel_radius: ArrayLike | None,
-    steps: int,
-    fits: bool,
-) -> Compressor:
     validation.check_count("steps", steps, 0)
+    settings = _Settings(validation.static_float("scale", scale), int(steps), fits=True)
     return refitted(
         compressor,
         _relocate_head,
-        _Settings(validation.static_float("scale", scale), int(steps), fits),
+        settings,
         kernel_entries,
         rho=rho,
         query_norm=query_norm,
         kernel_radius=kernel_radius,
         scale=scale,
     )
+
+
+def moves(compressor: Compressor, **options: Any) -> Compressor:
+    """:func:`relocation` for another one of no steps behind it: the last fit is left to that.
+
+    Options and errors are those of :func:`relocation`. What stands behind the keys is of where
+    they were before the last step, which nobody has judged: what follows must fit again.
+    """
+    whole = cast(Refitted, relocation(compressor, **options))
+    settings = cast(_Settings, whole.settings)
+    return dataclasses.replace(whole, settings=settings._replace(fits=False))
