@@ -83,14 +83,27 @@ def heavy_pairs(importance: Float[Array, " n"], size: int) -> Bool[Array, " n"]:
     none = jnp.zeros_like(importance, bool)
     if most == 0:
         return none
-    falling, order = jax.lax.top_k(importance, most)
-    shares = jnp.exp(falling - falling[0])
-    others = jnp.where(none.at[order].set(True), 0, jnp.exp(importance - falling[0]))
-    # Summed from the lightest, so that the tail is not what rounding leaves of the whole.
-    tails = jnp.sum(others) + jnp.flip(jnp.cumsum(jnp.flip(shares)))
-    certain = shares * (size - jnp.arange(most)).astype(shares.dtype) >= tails
-    held = jnp.cumprod(certain.astype(jnp.int32)) > 0
-    return none.at[order].set(held) & jnp.isfinite(importance)
+    shares = jnp.exp(importance - jnp.max(importance))
+
+    def extend(held: Array) -> tuple[Array, Array]:
+        """Those held, those that are certain beside them, and whether these are more."""
+        slots = (size - jnp.sum(held)).astype(shares.dtype)
+        certain = shares * slots >= jnp.sum(jnp.where(held, 0, shares))
+        certain = held | (certain & jnp.isfinite(importance))
+        return certain, jnp.any(certain & ~held)
+
+    # Mostly there are few rounds, and nothing has to be sorted.
+    held, _ = jax.lax.while_loop(
+        lambda state: state[1] & (jnp.sum(state[0]) <= most),
+        lambda state: extend(state[0]),
+        extend(none),
+    )
+
+    def heaviest(held: Array) -> Array:
+        _, order = jax.lax.top_k(importance, most)
+        return held & none.at[order].set(True)
+
+    return jax.lax.while_loop(lambda held: jnp.sum(held) > most, heaviest, held)
 
 
 class _Factor(NamedTuple):
@@ -152,11 +165,16 @@ def cholesky_pivots(
         return left & (factor.number < _MOST_ROUNDS)
 
     def extend(factor: _Factor) -> _Factor:
-        draw_rng, clash_rng = jax.random.split(jax.random.fold_in(rng, factor.number))
+        chances = jax.random.uniform(
+            jax.random.fold_in(rng, factor.number),
+            (count + block,),
+            dtype,
+            minval=jnp.finfo(dtype).tiny,
+        )
         left = jnp.where(factor.residuals > 0, factor.residuals, 1)
         scores = jnp.where(factor.residuals > 0, jnp.log(left) + 2 * importance, -jnp.inf)
         # The largest of these are a draw without replacement.
-        scores += jax.random.gumbel(draw_rng, (count,), dtype)
+        scores -= jnp.log(-jnp.log(chances[:count]))
         best, drawn = jax.lax.top_k(scores, block)
         known = jnp.matmul(factor.rows[:, drawn].T, factor.rows, precision=HIGHEST)
         rows = gaussian_kernel(keys[drawn], keys) - known
@@ -165,7 +183,7 @@ def cholesky_pivots(
         diagonal = jnp.maximum(jnp.diagonal(corner), rounding)
         shared = jnp.square(corner) / (diagonal[:, None] * diagonal[None])
         clashes = jnp.max(jnp.where(slots[:, None] < slots[None], shared, 0), axis=0)
-        taken = (clashes < jax.random.uniform(clash_rng, (block,), dtype)) & jnp.isfinite(best)
+        taken = (clashes < chances[count:]) & jnp.isfinite(best)
         taken &= factor.found + jnp.cumsum(taken) <= target
         both = taken[:, None] & taken[None]
         corner = jnp.where(both, corner, 0)
@@ -283,7 +301,7 @@ def _pivot_head(
             importance,
             target,
             size=-(-size // bins),
-            block=max(16, size // bins // 8),
+            block=max(16, size // bins // 6),
         )
 
     picked = jax.lax.map(draw, (edges[:-1], near, chances, targets))

@@ -101,8 +101,8 @@ def test_near_copies_leave_no_more_than_their_distance(apart):
     )
     found = picked[picked >= 0]
     assert len(set(found)) == len(found) >= 8
-    # Copies to rounding are no more than one pivot.
-    assert apart > 1e-3 or len(found) == 8
+    # Copies to rounding are no more than one pivot; a thousandth apart, some are told apart.
+    assert apart > 1e-4 or len(found) == 8
     # One pivot a cluster leaves no more than the squares of the distances in it.
     assert residuals(keys, found).max() <= 40 * apart**2 + 1e-3
 

@@ -176,8 +176,7 @@ def newton_step(
     def pull(keys: Array, columns: Array, seen: Array | None) -> Array:
         products = jnp.matmul(fit.columns, columns.T, precision=HIGHEST)
         forces = (gaussian_kernel(marks, keys) if seen is None else seen) * products
-        toward = jnp.matmul(forces, keys, precision=HIGHEST)
-        return toward - jnp.sum(forces, axis=-1, keepdims=True) * marks
+        return jnp.matmul(forces, keys, precision=HIGHEST)
 
     def add(total: Array, block: tuple[Source, Array | None]) -> tuple[Array, None]:
         source, seen = block
@@ -186,6 +185,9 @@ def newton_step(
     # What is not free has columns of zero, and neither pulls nor is pulled.
     total, _ = jax.lax.scan(add, jnp.zeros_like(marks), (source, fit.seen))
     total -= pull(marks, fit.columns, fit.kernel)
+    # All forces together: what the fit leaves of the moments, which is little.
+    left = fit.moments - jnp.matmul(fit.kernel, fit.columns, precision=HIGHEST)
+    total -= jnp.sum(fit.columns * left, axis=-1, keepdims=True) * marks
     curvature = jnp.sum(jnp.square(fit.columns), axis=-1)
     mean = jnp.sum(curvature) / jnp.maximum(jnp.sum(free), 1).astype(curvature.dtype)
     curvature += _DAMPING * mean + jnp.finfo(curvature.dtype).tiny
