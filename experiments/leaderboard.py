@@ -26,7 +26,9 @@ on. Every method compresses the cache of every layer and head, all pairs of the 
 Query-informed methods are given the queries of the last bytes of the prompt, of all query heads of
 a group; they are never asked the same ones. Query-free methods are given none. Methods are compared
 in their own class, and the verdict sets ours against the best rival of every cell: a kind of text,
-layer, head and ratio. What fails or is not defined is a dash, with its reason below the tables.
+layer, head and ratio. Methods of uneven budgets keep as many pairs of a prompt as all others, but
+not of each head, so that they have no part in the verdict. What fails or is not defined is a dash,
+with its reason below the tables.
 
 In ``<output>`` are ``leaderboard.jsonl``, a line for every finished cell, with which an interrupted
 run goes on, ``leaderboard.png``, the errors over those of uniform, and ``pareto.png``.

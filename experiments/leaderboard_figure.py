@@ -13,7 +13,14 @@ import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.leaderboard_methods import CATEGORIES, FREE, INFORMED, QUANTISED, Method
+from experiments.leaderboard_methods import (
+    CATEGORIES,
+    FREE,
+    INFORMED,
+    QUANTISED,
+    UNEVEN,
+    Method,
+)
 from experiments.leaderboard_tables import Board, Entry, geometric_mean
 
 # Errors over that of uniform, from the lightest color to the darkest.
@@ -35,6 +42,7 @@ _LOOKS = {
     FREE: _Look("#0072B2", "-", None),
     INFORMED: _Look("#D55E00", "--", "white"),
     QUANTISED: _Look("#777777", ":", "#cccccc"),
+    UNEVEN: _Look("#117733", "-.", "#ddcc77"),
 }
 
 
@@ -110,7 +118,7 @@ def draw_errors(board: Board, texts: str) -> matplotlib.figure.Figure:
                 axes.text(
                     1.02,
                     row + (count - 1) / 2,
-                    category.replace("-", "-\n"),
+                    category.replace("-", "-\n").replace(" ", "\n"),
                     transform=axes.get_yaxis_transform(),
                     va="center",
                     fontsize=9,
@@ -209,7 +217,10 @@ def draw_pareto(board: Board, texts: str) -> matplotlib.figure.Figure:
         loc="outside right upper",
         frameon=False,
         fontsize=9,
-        title="full: query-free, open: query-informed,\ngrey: quantised; thick: ours",
+        title=(
+            "full: query-free, open: query-informed,\n"
+            "grey: quantised, yellow: uneven budgets; thick: ours"
+        ),
         title_fontsize=9,
     )
     figure.suptitle(f"What an error costs, a point for each ratio\n{texts}", fontsize=10)

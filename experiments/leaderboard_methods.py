@@ -6,12 +6,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import coreset_jax as cj
-from coreset_jax import baselines, refit
+from coreset_jax import baselines, budgets, refit
 
 FREE, INFORMED, QUANTISED = "query-free", "query-informed", "quantised"
-CATEGORIES = (FREE, INFORMED, QUANTISED)
+UNEVEN = "uneven budgets"
+CATEGORIES = (FREE, INFORMED, QUANTISED, UNEVEN)
 
-TRAITS = {"ours", "subset", "draws", "grouped", "whole"}
+# Classes in which a head has as much memory as the same head of every other method.
+EVEN = (FREE, INFORMED, QUANTISED)
+
+TRAITS = {"ours", "subset", "draws", "grouped", "whole", "asks"}
 
 # The method that others are divided by.
 REFERENCE = "uniform"
@@ -23,12 +27,12 @@ class Method(NamedTuple):
     Attributes:
       name: its name in configurations and results.
       label: its name in tables and figures.
-      category: its class. A method is compared with those of its own class alone, and only
-        query-informed ones are given queries.
+      category: its class. A method is compared with those of its own class alone.
       traits: some of these words. `ours`: this library's own, all others are rivals. `subset`: it
         keeps pairs of the cache bit by bit, with weights that nothing was fitted to. `draws`: it
         draws random numbers; without it one seed is all there is. `grouped`: it takes an option
-        `groups`, the query heads that share a key-value head. `whole`: it keeps every pair.
+        `groups`, the query heads that share a key-value head. `whole`: it keeps every pair. `asks`:
+        it is given queries, and cannot do without; those of the query-informed class always are.
       make: makes the compressor.
       bits: of a number, for quantised caches: their ratio is one of bytes.
     """
@@ -59,6 +63,11 @@ class Method(NamedTuple):
     def whole(self) -> bool:
         """Whether it keeps every pair."""
         return "whole" in self.traits.split()
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is given queries."""
+        return self.category == INFORMED or "asks" in self.traits.split()
 
     @property
     def title(self) -> str:
@@ -94,6 +103,27 @@ class _Matched(NamedTuple):
         if queries is None:
             raise ValueError("queries must be given to be matched.")
         return self.fitted(*arguments, queries=queries, **options)
+
+
+# Two heads a layer, as the shipped model has, leave little to split: all of them share a budget.
+_EVERY_HEAD = (0, -1)
+
+
+def _pyramid_kv(groups: int) -> cj.Compressor:
+    return budgets.pyramid(baselines.snapkv(groups=groups))
+
+
+def _ada_kv(groups: int) -> cj.Compressor:
+    return budgets.adaptive(baselines.snapkv(groups=groups), axes=_EVERY_HEAD)
+
+
+def _by_energy() -> cj.Compressor:
+    return budgets.by_energy(cj.fitted(), axes=_EVERY_HEAD)
+
+
+def _matched_adaptive() -> cj.Compressor:
+    # The sizes of the one above: most programs are compiled once.
+    return budgets.adaptive(cj.fitted(), safeguard=0.5, steps=2, axes=_EVERY_HEAD)
 
 
 _WILDCAT_4 = functools.partial(baselines.wildcat, bins=4)
@@ -150,6 +180,16 @@ METHODS = (
         "ours draws",
         lambda: baselines.quantised(cj.fitted(), 8),
         8,
+    ),
+    Method("pyramid_kv", "SnapKV in a pyramid", UNEVEN, "subset grouped asks", _pyramid_kv),
+    Method("ada_kv", "SnapKV, adaptive", UNEVEN, "subset grouped asks", _ada_kv),
+    Method("fitted_by_energy", "fitted, by energy", UNEVEN, "ours draws", _by_energy),
+    Method(
+        "matched_adaptive",
+        "fitted and matched, adaptive",
+        UNEVEN,
+        "ours draws asks",
+        _matched_adaptive,
     ),
 )
 

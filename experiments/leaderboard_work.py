@@ -17,7 +17,7 @@ import coreset_jax as cj
 from coreset_jax import baselines
 from coreset_jax.coreset import whole_cache
 from experiments import decode, decoding, leaderboard_texts, lm
-from experiments.leaderboard_methods import INFORMED, METHODS, Method
+from experiments.leaderboard_methods import METHODS, Method
 
 Cell = dict[str, Any]
 
@@ -160,20 +160,23 @@ def pairs_kept(method: Method, count: int, width: int, ratio: int) -> int:
 def coreset_bytes(coreset: cj.Coreset, bits: int | None = None) -> int:
     """Bytes of a coreset in float32: keys, values, and what else answers depend on.
 
-    Log-weights are left out where all pairs of a head weigh the same: one number says it.
+    Empty slots are left out, and so are log-weights where all pairs of a head weigh the same: one
+    number says it.
 
     Args:
       coreset: a coreset.
       bits: of a number in keys and values, where they are quantised.
     """
+    held = jnp.isfinite(coreset.log_weights)
+    pairs = int(jnp.sum(held))
     if bits is None:
-        found = _FLOAT_BYTES * (coreset.keys.size + coreset.values.size)
+        found = _FLOAT_BYTES * pairs * (coreset.keys.shape[-1] + coreset.values.shape[-1])
     else:
         found = baselines.quantised_bytes(coreset, bits)
-    if bool(jnp.any(coreset.log_weights != coreset.log_weights[..., :1])):
-        found += _FLOAT_BYTES * coreset.log_weights.size
+    if bool(jnp.any(held & (coreset.log_weights != coreset.log_weights[..., :1]))):
+        found += _FLOAT_BYTES * pairs
     if coreset.normalizers is not None:
-        found += _FLOAT_BYTES * coreset.normalizers.size
+        found += _FLOAT_BYTES * pairs
     return found
 
 
@@ -240,7 +243,7 @@ class Work:
                     texts.keys[number],
                     texts.values[number],
                     size=size,
-                    queries=texts.fitting[number] if method.category == INFORMED else None,
+                    queries=texts.fitting[number] if method.asks else None,
                 )
                 if (name, size) not in self.warm:
                     # The first call compiles.

@@ -18,7 +18,6 @@ from experiments.leaderboard_figure import draw_errors, draw_pareto
 from experiments.leaderboard_methods import (
     CATEGORIES,
     FREE,
-    INFORMED,
     METHODS,
     QUANTISED,
     TRAITS,
@@ -219,14 +218,15 @@ def test_the_table_of_methods():
 @pytest.mark.parametrize("name", BY_NAME)
 def test_methods_are_what_their_traits_say(name):
     method, count, size = BY_NAME[name], 64, 16
-    keys, values, queries = NORMAL(jax.random.key(0), (3, 2, count, 8))
+    # Two layers of a head each.
+    keys, values, queries = NORMAL(jax.random.key(0), (3, 2, 1, count, 8))
     compressor = method.compressor(2)
 
     def compress(seed, queries):
         kept = count if method.whole else size
         return compressor(jax.random.key(seed), keys, values, size=kept, queries=queries)
 
-    if method.category == INFORMED:
+    if method.asks:
         with pytest.raises(ValueError, match="queries"):
             compress(0, None)
     else:
@@ -237,9 +237,10 @@ def test_methods_are_what_their_traits_say(name):
         for pair in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     )
     assert method.draws or not changed
-    kept = first.indices[..., None]
+    kept, held = first.indices[..., None], np.isfinite(first.log_weights)
+    assert held.sum() <= 2 * (count if method.whole else size)
     for source, found in ((keys, first.keys), (values, first.values)):
-        same = np.array_equal(jnp.take_along_axis(source, kept, axis=-2), found)
+        same = np.array_equal(jnp.take_along_axis(source, kept, axis=-2)[held], found[held])
         assert same or not method.subset
 
 
@@ -276,6 +277,11 @@ def test_bytes_count_what_answers_depend_on():
     assert leaderboard_work.coreset_bytes(weighted) == 2 * 8 * 8 * 4
     signed = weighted._replace(normalizers=jnp.ones((2, 8)))
     assert leaderboard_work.coreset_bytes(signed) == 2 * 8 * 9 * 4
+    # A slot that holds nothing takes nothing.
+    empty = jnp.zeros((2, 8)).at[1, 6:].set(-jnp.inf)
+    assert leaderboard_work.coreset_bytes(coreset._replace(log_weights=empty)) == 14 * 7 * 4
+    weighted = coreset._replace(log_weights=empty.at[0, 0].set(1.0))
+    assert leaderboard_work.coreset_bytes(weighted) == 14 * 8 * 4
 
 
 def test_errors_are_mean_and_99th_percentile_over_queries():
