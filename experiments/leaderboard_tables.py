@@ -11,6 +11,7 @@ from experiments.leaderboard_methods import CATEGORIES, EVEN, REFERENCE, Method
 
 Found = list[tuple[dict[str, Any], dict[str, Any]]]
 Column = Callable[[Method], float | None]
+Shown = tuple[Column, str] | tuple[Column, str, Column]
 
 TASKS = ("continuation", "repeated")
 
@@ -54,6 +55,10 @@ class Entry(NamedTuple):
         """
         errors = np.mean(getattr(self, metric), axis=(1, 2))
         return np.where(np.isfinite(errors), errors, np.inf)
+
+    def by_passage(self, loss: str) -> np.ndarray:
+        """Bits a byte averaged over seeds `[kinds, passages]`."""
+        return np.mean(getattr(self, loss), axis=1)
 
 
 class Board(NamedTuple):
@@ -168,18 +173,26 @@ def _print_columns(
     board: Board,
     title: str,
     headers: list[str],
-    columns: list[tuple[Column, str]],
+    columns: Sequence[Shown],
     caption: str,
 ) -> None:
-    """Print a row for each method, with the best of each class and column marked."""
+    """Print a row for each method, with the best of each class and column marked.
+
+    A column is what it shows of a method, in which style, and perhaps how uncertain that is.
+    """
     rows: list[Sequence[str] | None] = []
     for category in CATEGORIES:
         methods = board.of(category)
         if not methods:
             continue
-        cells = [
-            _column([column(method) for method in methods], style) for column, style in columns
-        ]
+        cells = []
+        for column, style, *spread in columns:
+            shown = _column([column(method) for method in methods], style)
+            for each in spread:
+                known = [_number(each(method), style) for method in methods]
+                pairs = zip(shown, known, strict=True)
+                shown = [f"{text} ± {error}" if text != "–" else text for text, error in pairs]
+            cells.append(shown)
         rows += [None] if rows else []
         rows += [
             [category if number == 0 else "", method.title, board.seeds(method), *row]
@@ -210,6 +223,23 @@ def _kind_error(kind: int, entry: Entry) -> float:
 
 def _kind_bits(kind: int, entry: Entry) -> float:
     return float(np.mean(entry.continuation[kind]))
+
+
+def _loss(loss: str, entry: Entry) -> float:
+    return float(np.mean(entry.by_passage(loss)))
+
+
+def _standard_error(loss: str, entry: Entry) -> float:
+    """Of the mean over passages, with the kinds of text given; NaN for one passage of each."""
+    found = entry.by_passage(loss)
+    kinds, passages = found.shape
+    if passages < 2:
+        return np.nan
+    return float(np.sqrt(np.sum(np.var(found, axis=1, ddof=1)) / passages) / kinds)
+
+
+def _size(task: str, entry: Entry) -> float:
+    return float(np.mean(np.abs(entry.by_passage(task))))
 
 
 def print_board(board: Board, ratio: int, texts: str, stamp: str) -> None:
@@ -279,6 +309,19 @@ def print_board(board: Board, ratio: int, texts: str, stamp: str) -> None:
         [(_at(board, ratio, functools.partial(_kind_error, kind)), ".4f") for kind in places]
         + [(_at(board, ratio, functools.partial(_kind_bits, kind)), "+.4f") for kind in places],
         f"{caption}\n{stamp}",
+    )
+    sure: list[Shown] = []
+    for loss in LOSSES:
+        mean, error = (functools.partial(read, loss) for read in (_loss, _standard_error))
+        sure.append((_at(board, ratio, mean), ".4f", _at(board, ratio, error)))
+    sure += [(_at(board, ratio, functools.partial(_size, task)), ".4f") for task in TASKS]
+    _print_columns(
+        board,
+        f"Bits a byte at {ratio}×: losses, with their standard errors, and how large they are",
+        [*LOSSES.values(), *(f"{task}, size" for task in TASKS)],
+        sure,
+        "±: standard error of the mean over passages; – if there is one of each kind.\n"
+        "size: mean over passages of the loss without its sign.",
     )
     labels = {method.name: method.label for method in board.methods}
     for (name, each), reason in board.failures.items():

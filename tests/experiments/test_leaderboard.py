@@ -29,6 +29,7 @@ from experiments.leaderboard_tables import (
     LOSSES,
     Board,
     Entry,
+    _standard_error,
     gather,
     judge,
     print_board,
@@ -364,6 +365,30 @@ def test_every_method_is_in_the_tables_and_the_pictures():
     pareto = draw_pareto(board, "texts")
     labels = {line.get_label() for line in pareto.axes[0].lines}
     assert {method.title for method in METHODS} <= labels
+
+
+def test_losses_come_with_their_standard_errors_and_sizes():
+    board = invented_board()
+    entry = board.entries["balanced", 8]
+    for name, one in {
+        "balanced": entry,
+        "uniform": entry._replace(repeated=-entry.repeated),
+    }.items():
+        board.entries[name, 8] = one
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        print_board(board, 8, "texts", "stamp")
+    table = printed.getvalue().split("how large they are")[1]
+    # Two kinds of text, three seeds, two passages: those of a kind are a sample.
+    passages = entry.repeated.mean(axis=1)
+    error = np.sqrt((passages.var(axis=1, ddof=1) / 2).sum()) / 2
+    mine = next(line for line in table.splitlines() if " balanced (ours) " in line)
+    other = next(line for line in table.splitlines() if " uniform " in line)
+    assert f"{passages.mean():.4f} ± {error:.4f}" in mine
+    assert f"{-passages.mean():.4f} ± {error:.4f}" in other
+    # What was gained is as large as what was lost.
+    assert mine.split()[-1].lstrip("*") == other.split()[-1].lstrip("*") == f"{passages.mean():.4f}"
+    # One passage of each kind says nothing of that.
+    assert np.isnan(_standard_error("repeated", entry._replace(repeated=entry.repeated[..., :1])))
 
 
 def test_best_of_each_class_is_marked():
