@@ -83,13 +83,14 @@ def heavy_pairs(importance: Float[Array, " n"], size: int) -> Bool[Array, " n"]:
     none = jnp.zeros_like(importance, bool)
     if most == 0:
         return none
-    shares = jnp.exp(importance - jnp.max(importance))
 
     def extend(held: Array) -> tuple[Array, Array]:
         """Those held, those that are certain beside them, and whether these are more."""
-        slots = (size - jnp.sum(held)).astype(shares.dtype)
-        certain = shares * slots >= jnp.sum(jnp.where(held, 0, shares))
-        certain = held | (certain & jnp.isfinite(importance))
+        slots = (size - jnp.sum(held)).astype(importance.dtype)
+        others = jnp.where(held, -jnp.inf, importance)
+        # In units of the heaviest of them: what is held may outweigh them beyond all digits.
+        shares = jnp.exp(others - jnp.max(others))
+        certain = held | (jnp.isfinite(others) & (shares * slots >= jnp.sum(shares)))
         return certain, jnp.any(certain & ~held)
 
     # Mostly there are few rounds, and nothing has to be sorted.
@@ -103,6 +104,7 @@ def heavy_pairs(importance: Float[Array, " n"], size: int) -> Bool[Array, " n"]:
         _, order = jax.lax.top_k(importance, most)
         return held & none.at[order].set(True)
 
+    # A loop of at most one round: under vmap a cond would sort for every head.
     return jax.lax.while_loop(lambda held: jnp.sum(held) > most, heaviest, held)
 
 
@@ -165,7 +167,7 @@ def cholesky_pivots(
         return left & (factor.number < _MOST_ROUNDS)
 
     def extend(factor: _Factor) -> _Factor:
-        chances = jax.random.uniform(
+        uniforms = jax.random.uniform(
             jax.random.fold_in(rng, factor.number),
             (count + block,),
             dtype,
@@ -173,8 +175,8 @@ def cholesky_pivots(
         )
         left = jnp.where(factor.residuals > 0, factor.residuals, 1)
         scores = jnp.where(factor.residuals > 0, jnp.log(left) + 2 * importance, -jnp.inf)
-        # The largest of these are a draw without replacement.
-        scores -= jnp.log(-jnp.log(chances[:count]))
+        # The largest of these are a draw without replacement: the noise is Gumbel's.
+        scores -= jnp.log(-jnp.log(uniforms[:count]))
         best, drawn = jax.lax.top_k(scores, block)
         known = jnp.matmul(factor.rows[:, drawn].T, factor.rows, precision=HIGHEST)
         rows = gaussian_kernel(keys[drawn], keys) - known
@@ -183,7 +185,7 @@ def cholesky_pivots(
         diagonal = jnp.maximum(jnp.diagonal(corner), rounding)
         shared = jnp.square(corner) / (diagonal[:, None] * diagonal[None])
         clashes = jnp.max(jnp.where(slots[:, None] < slots[None], shared, 0), axis=0)
-        taken = (clashes < chances[count:]) & jnp.isfinite(best)
+        taken = (clashes < uniforms[count:]) & jnp.isfinite(best)
         taken &= factor.found + jnp.cumsum(taken) <= target
         both = taken[:, None] & taken[None]
         corner = jnp.where(both, corner, 0)

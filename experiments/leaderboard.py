@@ -51,6 +51,7 @@ from experiments import (
     leaderboard_texts,
     leaderboard_work,
     lm,
+    programs,
     results,
     text,
 )
@@ -140,6 +141,8 @@ def measure(config: ml_collections.ConfigDict, store: results.Results) -> Board:
             else:
                 place = (cell[name] for name in ("method", "kind", "ratio", "seed"))
                 store.put(cell, work.compressed(*place))
+            if programs.forget_if_many():
+                work.warm.clear()
             known = store.get(cell)
             assert known is not None
         found.append((cell, known))

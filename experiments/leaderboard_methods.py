@@ -122,7 +122,6 @@ def _by_energy() -> cj.Compressor:
 
 
 def _matched_adaptive() -> cj.Compressor:
-    # The sizes of the one above: most programs are compiled once.
     return budgets.adaptive(cj.fitted(), safeguard=0.5, steps=2, axes=_EVERY_HEAD)
 
 

@@ -11,7 +11,21 @@ from experiments.leaderboard_methods import CATEGORIES, EVEN, REFERENCE, Method
 
 Found = list[tuple[dict[str, Any], dict[str, Any]]]
 Column = Callable[[Method], float | None]
-Shown = tuple[Column, str] | tuple[Column, str, Column]
+
+
+class _Shown(NamedTuple):
+    """A column of a table.
+
+    Attributes:
+      read: a figure of every method.
+      style: in which it is written.
+      spread: how uncertain it is, if that is known.
+    """
+
+    read: Column
+    style: str
+    spread: Column | None = None
+
 
 TASKS = ("continuation", "repeated")
 
@@ -173,23 +187,20 @@ def _print_columns(
     board: Board,
     title: str,
     headers: list[str],
-    columns: Sequence[Shown],
+    columns: Sequence[_Shown],
     caption: str,
 ) -> None:
-    """Print a row for each method, with the best of each class and column marked.
-
-    A column is what it shows of a method, in which style, and perhaps how uncertain that is.
-    """
+    """Print a row for each method, with the best of each class and column marked."""
     rows: list[Sequence[str] | None] = []
     for category in CATEGORIES:
         methods = board.of(category)
         if not methods:
             continue
         cells = []
-        for column, style, *spread in columns:
-            shown = _column([column(method) for method in methods], style)
-            for each in spread:
-                known = [_number(each(method), style) for method in methods]
+        for read, style, spread in columns:
+            shown = _column([read(method) for method in methods], style)
+            if spread is not None:
+                known = [_number(spread(method), style) for method in methods]
                 pairs = zip(shown, known, strict=True)
                 shown = [f"{text} ± {error}" if text != "–" else text for text, error in pairs]
             cells.append(shown)
@@ -298,7 +309,7 @@ def print_board(board: Board, ratio: int, texts: str, stamp: str) -> None:
     ]
     caption = f"{texts}.\n*: the best of its class. seeds: – draws nothing. –: see below."
     for title, read, style in tasks:
-        columns = [(_at(board, each, read), style) for each in board.ratios]
+        columns = [_Shown(_at(board, each, read), style) for each in board.ratios]
         _print_columns(board, title, headers, columns, caption)
 
     places = range(len(board.kinds))
@@ -306,15 +317,18 @@ def print_board(board: Board, ratio: int, texts: str, stamp: str) -> None:
         board,
         f"By kind of text at {ratio}×: mean attention error, and bits a byte of the continuation",
         [f"{kind}, {what}" for what in ("error", "bits") for kind in board.kinds],
-        [(_at(board, ratio, functools.partial(_kind_error, kind)), ".4f") for kind in places]
-        + [(_at(board, ratio, functools.partial(_kind_bits, kind)), "+.4f") for kind in places],
+        [_Shown(_at(board, ratio, functools.partial(_kind_error, kind)), ".4f") for kind in places]
+        + [
+            _Shown(_at(board, ratio, functools.partial(_kind_bits, kind)), "+.4f")
+            for kind in places
+        ],
         f"{caption}\n{stamp}",
     )
-    sure: list[Shown] = []
+    sure: list[_Shown] = []
     for loss in LOSSES:
         mean, error = (functools.partial(read, loss) for read in (_loss, _standard_error))
-        sure.append((_at(board, ratio, mean), ".4f", _at(board, ratio, error)))
-    sure += [(_at(board, ratio, functools.partial(_size, task)), ".4f") for task in TASKS]
+        sure.append(_Shown(_at(board, ratio, mean), ".4f", _at(board, ratio, error)))
+    sure += [_Shown(_at(board, ratio, functools.partial(_size, task)), ".4f") for task in TASKS]
     _print_columns(
         board,
         f"Bits a byte at {ratio}×: losses, with their standard errors, and how large they are",
@@ -453,7 +467,7 @@ def print_verdict(board: Board, ratio: int) -> None:
             "predictions from those of the full cache.\nratio: – where a loss is not above zero."
         ),
     )
-    subsets = [method for method in board.methods if method.subset]
+    subsets = [method for method in board.methods if method.subset and method.category in EVEN]
     results.print_table(
         f"Subsets at {ratio}×, nothing refitted: error over that of uniform",
         ["class", "method", "mean", "99th percentile"],

@@ -160,14 +160,14 @@ def pairs_kept(method: Method, count: int, width: int, ratio: int) -> int:
 def coreset_bytes(coreset: cj.Coreset, bits: int | None = None) -> int:
     """Bytes of a coreset in float32: keys, values, and what else answers depend on.
 
-    Empty slots are left out, and so are log-weights where all pairs of a head weigh the same: one
-    number says it.
+    Empty slots are left out unless they are quantised, and so are log-weights where all pairs of a
+    head weigh the same: one number says it.
 
     Args:
       coreset: a coreset.
       bits: of a number in keys and values, where they are quantised.
     """
-    held = jnp.isfinite(coreset.log_weights)
+    held = coreset.log_weights != -jnp.inf
     pairs = int(jnp.sum(held))
     if bits is None:
         found = _FLOAT_BYTES * pairs * (coreset.keys.shape[-1] + coreset.values.shape[-1])

@@ -34,22 +34,15 @@ settings.register_profile("coreset", deadline=None, derandomize=True)
 settings.load_profile("coreset")
 
 
-# Linux gives a process so many memory mappings, and compiled programs take a few each: a worker
-# that kept all of them would be killed before its last test.
-_MAPPINGS = pathlib.Path("/proc/self/maps")
-_MOST_MAPPINGS = 25_000
-
-
 class _ForgetsPrograms:
     """Lets compiled programs go before there are too many; the cache on disk has most of them."""
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self) -> None:
         # After every test: one alone may take ten thousand.
-        if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
-            import jax
+        from experiments import programs
 
-            jax.clear_caches()
+        programs.forget_if_many()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -170,7 +170,8 @@ def newton_step(
               - \sum_t G_{st} \langle Y_s, Y_t\rangle (x_t - x_s)}{\|Y_s\|^2 + \mathrm{damping}}
 
     Keys near one another would both go where one of them is missed: steps are damped, and no longer
-    than half of the kernel's width.
+    than half of the kernel's width. Moments and kernel of the fit are those of the source and of
+    these keys; its columns may be any.
     """
 
     def pull(keys: Array, columns: Array, seen: Array | None) -> Array:
