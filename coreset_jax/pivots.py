@@ -167,16 +167,17 @@ def cholesky_pivots(
         return left & (factor.number < _MOST_ROUNDS)
 
     def extend(factor: _Factor) -> _Factor:
+        # One draw for all. Those of candidates come last: padding behind them changes no other.
         uniforms = jax.random.uniform(
             jax.random.fold_in(rng, factor.number),
-            (count + block,),
+            (block + count,),
             dtype,
             minval=jnp.finfo(dtype).tiny,
         )
         left = jnp.where(factor.residuals > 0, factor.residuals, 1)
         scores = jnp.where(factor.residuals > 0, jnp.log(left) + 2 * importance, -jnp.inf)
         # The largest of these are a draw without replacement: the noise is Gumbel's.
-        scores -= jnp.log(-jnp.log(uniforms[:count]))
+        scores -= jnp.log(-jnp.log(uniforms[block:]))
         best, drawn = jax.lax.top_k(scores, block)
         known = jnp.matmul(factor.rows[:, drawn].T, factor.rows, precision=HIGHEST)
         rows = gaussian_kernel(keys[drawn], keys) - known
@@ -185,7 +186,7 @@ def cholesky_pivots(
         diagonal = jnp.maximum(jnp.diagonal(corner), rounding)
         shared = jnp.square(corner) / (diagonal[:, None] * diagonal[None])
         clashes = jnp.max(jnp.where(slots[:, None] < slots[None], shared, 0), axis=0)
-        taken = (clashes < uniforms[count:]) & jnp.isfinite(best)
+        taken = (clashes < uniforms[:block]) & jnp.isfinite(best)
         taken &= factor.found + jnp.cumsum(taken) <= target
         both = taken[:, None] & taken[None]
         corner = jnp.where(both, corner, 0)

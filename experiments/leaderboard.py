@@ -56,7 +56,8 @@ from experiments import (
     text,
 )
 from experiments.leaderboard_figure import draw_errors, draw_pareto
-from experiments.leaderboard_tables import Board, gather, print_board, print_verdict
+from experiments.leaderboard_tables import Board, gather, print_board
+from experiments.leaderboard_verdict import print_verdict
 from experiments.leaderboard_work import Work
 
 Cell = dict[str, Any]
