@@ -48,6 +48,7 @@ def test_out_of_reach_says_what_is_in_reach(heads):
     assert float(jnp.max(promise.error)) == smallest
 
 
+@pytest.mark.slow
 def test_large_radii_are_out_of_reach_and_not_certified(heads):
     with pytest.raises(cj.OutOfReachError) as refused:
         cj.compress(RNG, *heads, eps=0.1, rho=60.0)

@@ -43,6 +43,7 @@ def test_any_size(cache, size):
     assert np.all(np.diff(coreset.indices, axis=-1) > 0)
 
 
+@pytest.mark.slow
 def test_sample_queries_are_matched(cache):
     keys, values = cache
     queries = 2 * jax.random.normal(jax.random.key(2), (3, 200, 8))

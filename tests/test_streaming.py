@@ -59,6 +59,7 @@ def worst(keys, values, coreset, rho):
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_while_it_fits(pairs):
     keys, values = (array[..., :SIZE, :] for array in pairs)
     for piece in (1, SIZE):
@@ -354,6 +355,7 @@ def test_bound_counts_values_that_are_still_exact():
     assert stream.error(grown).bound > 50 * stream.error(state).bound
 
 
+@pytest.mark.slow
 def test_a_short_second_half_moves_no_bound():
     keys, values = unit_sphere(1, 400, 4)
     stream = streaming.merge_and_reduce(size=64, block_size=16, landmarks=16, query_norm=1.0)

@@ -93,6 +93,7 @@ def test_sample_queries_are_those_of_every_stretch():
     np.testing.assert_array_equal(coreset.indices[:, :8], first.indices)
 
 
+@pytest.mark.slow
 def test_fitted_takes_a_radius_a_head_and_any_length():
     keys, values = jax.random.normal(RNG, (2, 2, 3, 130, 4))
     radius = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])

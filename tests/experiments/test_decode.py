@@ -57,7 +57,9 @@ def test_an_empty_cache_reads_from_the_start(model):
         np.testing.assert_allclose(found, lm.byte_costs(model, TOKENS), atol=2e-4)
 
 
-@pytest.mark.parametrize("method", ["window", "uniform", "fitted"])
+@pytest.mark.parametrize(
+    "method", ["window", "uniform", pytest.param("fitted", marks=pytest.mark.slow)]
+)
 def test_all_methods_hold_as_many_pairs(prompt, method):
     (cache, *_) = decoding.prefilled(prompt, small(method), 0)
     assert cache.positions.shape[-1] == 40

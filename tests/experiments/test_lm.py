@@ -317,6 +317,7 @@ class TestShippedCheckpoint:
         # After another passage of the same file, and after itself.
         assert cost_after(passages) < 0.9 * cost_after(np.roll(passages, 1, axis=0))
 
+    @pytest.mark.slow
     def test_sane_at_twice_the_trained_context(self, shipped: lm.Decoder) -> None:
         costs = np.asarray(lm.byte_costs(shipped, text.demo_text(8192)))
         assert np.isfinite(costs).all()

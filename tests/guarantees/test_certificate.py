@@ -250,6 +250,7 @@ def test_scaling_values_scales_the_promise(factor):
     np.testing.assert_allclose(found / factor, plain, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_whole_cache_has_no_error_and_padding_no_part():
     keys, values, coreset = instance(7)
 

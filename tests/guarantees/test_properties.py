@@ -173,7 +173,7 @@ def check_instances(name, seed, refit):
 
 @settings(max_examples=4)
 @given(st.integers(0, 2**32 - 1), st.booleans())
-@pytest.mark.parametrize("name", ["uniform", "balanced"])
+@pytest.mark.parametrize("name", [pytest.param("uniform", marks=pytest.mark.slow), "balanced"])
 def test_no_search_finds_more_than_is_promised(name, seed, refit):
     check_instances(name, seed, refit)
 

@@ -85,7 +85,7 @@ def check_held(cache, sequences, weights):
             np.testing.assert_array_equal(part[entry, head][full], source[entry, held, head])
 
 
-@pytest.mark.parametrize("piece", [1, 5, 17])
+@pytest.mark.parametrize("piece", [pytest.param(1, marks=pytest.mark.slow), 5, 17])
 def test_held_pairs_are_those_of_the_sequence(config, sequences, empty_cache, weights, piece):
     lengths = np.array([0, 3, 57, 90])
     # Prompts as subsets: refitted values are not those of the sequence.
@@ -184,6 +184,7 @@ def test_padding_may_hold_anything(sequences, empty_cache, filling):
     chex.assert_trees_all_equal(run(filling), run(0.0))
 
 
+@pytest.mark.slow
 def test_a_sequence_changes_no_other(sequences, empty_cache):
     """The batch compresses at other times, too: one of them has a longer prompt."""
 

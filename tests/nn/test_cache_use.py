@@ -105,6 +105,7 @@ def test_vmap_over_layers(sequences, empty_cache):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_may_be_sharded(sequences, empty_cache):
     mesh = Mesh(np.array(jax.devices()[:4]), "batch", axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("batch"))

@@ -126,6 +126,7 @@ def test_many_steps_are_traced_once_and_keep_their_shapes(inputs):
     np.testing.assert_array_equal(after.lengths, 200)
 
 
+@pytest.mark.slow
 def test_half_precision_modules_keep_half_precision_caches(inputs):
     _, ours = pair(num_kv_heads=2, dtype=jnp.bfloat16)
     ours.init_cache((BATCH, LENGTH, FEATURES), jnp.bfloat16)

@@ -125,13 +125,14 @@ def test_a_walk_without_a_last_fit_goes_to_the_same_places(x64):
     np.testing.assert_allclose(walks[1].fit.columns, before.fit.columns, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "dtype"),
     [
         (3, jnp.float32),
-        pytest.param(0, jnp.float32, marks=pytest.mark.slow),
-        pytest.param(1, jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param(3, jnp.bfloat16, marks=pytest.mark.slow),
+        (0, jnp.float32),
+        (1, jnp.bfloat16),
+        (3, jnp.bfloat16),
     ],
 )
 def test_moves_leave_the_keys_where_a_relocation_does(steps, dtype):
