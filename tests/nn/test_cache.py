@@ -14,7 +14,7 @@ STEPS = 5000
 
 @pytest.mark.parametrize(
     "pieces",
-    [[56], [24, *[1] * 32], [1] * 56, [24, 24, 8]],
+    [pytest.param([56], marks=pytest.mark.slow), [24, *[1] * 32], [1] * 56, [24, 24, 8]],
     ids=["prompt", "prompt and steps", "steps", "chunks"],
 )
 def test_exact_while_everything_fits(sequences, empty_cache, read, pieces):
