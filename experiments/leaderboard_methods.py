@@ -122,6 +122,7 @@ def _by_energy() -> cj.Compressor:
 
 
 def _matched_adaptive() -> cj.Compressor:
+    # Between half and double, as by energy: every further size is a program more to compile.
     return budgets.adaptive(cj.fitted(), safeguard=0.5, steps=2, axes=_EVERY_HEAD)
 
 

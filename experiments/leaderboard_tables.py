@@ -237,11 +237,12 @@ def _kind_bits(kind: int, entry: Entry) -> float:
     return float(np.mean(entry.continuation[kind]))
 
 
-def _loss(loss: str, entry: Entry) -> float:
+def mean_loss(loss: str, entry: Entry) -> float:
+    """Bits a byte in the mean over seeds and passages; one of `LOSSES`."""
     return float(np.mean(entry.by_passage(loss)))
 
 
-def _standard_error(loss: str, entry: Entry) -> float:
+def standard_error(loss: str, entry: Entry) -> float:
     """Of the mean over passages, with the kinds of text given; NaN for one passage of each."""
     found = entry.by_passage(loss)
     kinds, passages = found.shape
@@ -279,22 +280,22 @@ def print_board(board: Board, ratio: int, texts: str, stamp: str) -> None:
         ),
         (
             f"Continuation: bits a byte over those of the full cache, {bits['continuation']}",
-            lambda entry: float(np.mean(entry.continuation)),
+            functools.partial(mean_loss, "continuation"),
             "+.4f",
         ),
         (
             f"A passage repeated: bits a byte over those of the full cache, {bits['repeated']}",
-            lambda entry: float(np.mean(entry.repeated)),
+            functools.partial(mean_loss, "repeated"),
             "+.4f",
         ),
         (
             "Continuation: divergence of the predictions from those of the full cache, bits a byte",
-            lambda entry: float(np.mean(entry.continuation_divergence)),
+            functools.partial(mean_loss, "continuation_divergence"),
             ".4f",
         ),
         (
             "A passage repeated: divergence of the predictions, bits a byte",
-            lambda entry: float(np.mean(entry.repeated_divergence)),
+            functools.partial(mean_loss, "repeated_divergence"),
             ".4f",
         ),
         (
@@ -327,7 +328,7 @@ def print_board(board: Board, ratio: int, texts: str, stamp: str) -> None:
     )
     sure: list[_Shown] = []
     for loss in LOSSES:
-        mean, error = (functools.partial(read, loss) for read in (_loss, _standard_error))
+        mean, error = (functools.partial(read, loss) for read in (mean_loss, standard_error))
         sure.append(_Shown(_at(board, ratio, mean), ".4f", _at(board, ratio, error)))
     sure += [_Shown(_at(board, ratio, functools.partial(_size, task)), ".4f") for task in TASKS]
     _print_columns(

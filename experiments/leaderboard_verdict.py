@@ -7,7 +7,13 @@ import numpy as np
 
 from experiments import results
 from experiments.leaderboard_methods import EVEN, Method
-from experiments.leaderboard_tables import LOSSES, Board, format_number, geometric_mean
+from experiments.leaderboard_tables import (
+    LOSSES,
+    Board,
+    format_number,
+    geometric_mean,
+    mean_loss,
+)
 
 
 class Verdict(NamedTuple):
@@ -54,17 +60,13 @@ def judge(board: Board, method: Method, ratio: int) -> Verdict:
     losses: dict[str, tuple[float, float, str] | None] = {}
     for name in LOSSES:
         known = [
-            (float(np.mean(getattr(board.entries[rival.name, ratio], name))), rival.label)
+            (mean_loss(name, board.entries[rival.name, ratio]), rival.label)
             for rival in rivals
             if (rival.name, ratio) in board.entries
         ]
         known = [pair for pair in known if np.isfinite(pair[0])]
         ours = board.entries.get((method.name, ratio))
-        losses[name] = (
-            (float(np.mean(getattr(ours, name))), *min(known))
-            if known and ours is not None
-            else None
-        )
+        losses[name] = (mean_loss(name, ours), *min(known)) if known and ours is not None else None
     joined = {name: np.concatenate([np.zeros(0), *found]) for name, found in shares.items()}
     return Verdict(joined, cells, losses)
 
