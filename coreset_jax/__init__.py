@@ -1,35 +1,40 @@
 """Nearly optimal attention coresets: shrink a KV cache and say how wrong the result may be."""
 
-from coreset_jax import baselines, budgets, guarantees, problem, refit, streaming, walks
+from coreset_jax import baselines, budgets, geometry, guarantees, refit, streaming, walks
+from coreset_jax._src.attention import attention
+from coreset_jax._src.core.compressor import Compressor, Wrapper
+from coreset_jax._src.core.coreset import Coreset, attend
+from coreset_jax._src.core.head import Head
+from coreset_jax._src.core.info import Info
 from coreset_jax._version import __version__
-from coreset_jax.attention import attention
-from coreset_jax.certified import Certified, OutOfReachError, compress
-from coreset_jax.compression import balanced
-from coreset_jax.coreset import Compressor, Coreset, attend
-from coreset_jax.ends import with_ends
-from coreset_jax.fitted import fitted
-from coreset_jax.pivots import pivoted
-from coreset_jax.stretches import stretched
+from coreset_jax.balancing import balanced
+from coreset_jax.combinators import chunked, keep_ends
+from coreset_jax.compression import Certified, OutOfReachError, compress, compress_to_error
+from coreset_jax.fitting import fitted, pivoted
 
 __all__ = [
     "Certified",
     "Compressor",
     "Coreset",
+    "Head",
+    "Info",
     "OutOfReachError",
+    "Wrapper",
     "__version__",
     "attend",
     "attention",
     "balanced",
     "baselines",
     "budgets",
+    "chunked",
     "compress",
+    "compress_to_error",
     "fitted",
+    "geometry",
     "guarantees",
+    "keep_ends",
     "pivoted",
-    "problem",
     "refit",
     "streaming",
-    "stretched",
     "walks",
-    "with_ends",
 ]

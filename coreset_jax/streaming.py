@@ -1,10 +1,11 @@
 r"""Coresets of streams: merge and reduce, with the error fed back.
 
 A stream is a pytree of fixed shapes: a buffer of the newest pairs, and a
-:class:`~coreset_jax.summary.Summary` of everything before. A full buffer joins the summary, whose
-lightest pairs are then halved until they fit. Weights double with every halving: a stream of
-:math:`n` pairs in :math:`m` slots holds :math:`O(\log n)` classes of weights, nearly all of its
-pairs in the highest two, and its error falls like :math:`1/m` as that of a coreset made at once.
+:class:`~coreset_jax._src.stream.summary.Summary` of everything before. A full buffer joins the
+summary, whose lightest pairs are then halved until they fit. Weights double with every halving: a
+stream of :math:`n` pairs in :math:`m` slots holds :math:`O(\log n)` classes of weights, nearly all
+of its pairs in the highest two, and its error falls like :math:`1/m` as that of a coreset made at
+once.
 
     stream = streaming.merge_and_reduce(size=1024)
     state = stream.init(rng, keys, values)          # shapes and dtypes are all it takes from them
@@ -20,16 +21,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coreset_jax import summary as summaries
-from coreset_jax import validation, walks
-from coreset_jax.attention import default_scale
-from coreset_jax.coreset import Compressor, Coreset
-from coreset_jax.sketch import Pairs, Settings
-from coreset_jax.summary import Summary
+from coreset_jax._src import checks
+from coreset_jax._src.attention import default_scale
+from coreset_jax._src.balance import walks
+from coreset_jax._src.core.compressor import Compressor
+from coreset_jax._src.core.coreset import Coreset
+from coreset_jax._src.core.turns import over_axes
+from coreset_jax._src.stream import summary as summaries
+from coreset_jax._src.stream.halvings import check_compressor, options_of_heads
+from coreset_jax._src.stream.sketch import Pairs, Settings
+from coreset_jax._src.stream.summary import Summary
 
 
 class StreamState(NamedTuple):
-    """A stream of pairs under way, one a head; made by :meth:`Stream.init`.
+    """A stream of pairs under way, one a head; made by :meth:`merge_and_reduce.init`.
 
     Attributes:
       summary: what stands for all pairs but the newest.
@@ -56,23 +61,73 @@ class StreamError(NamedTuple):
     estimate: Float[Array, "*heads"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """Pure functions over a :class:`StreamState`; see :func:`merge_and_reduce`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class merge_and_reduce:  # noqa: N801
+    """A coreset of a stream of unknown length, in memory that does not grow.
 
-    All of them may be jitted, scanned, vmapped and donated to. Equal streams share their compiled
-    programs.
+    Its methods are pure functions over a :class:`StreamState`: they may be jitted, scanned, vmapped
+    and donated to. Equal streams share their compiled programs.
+
+    Args:
+      size: pairs to hold for each head, the buffer included: at least twice ``block_size``.
+      block_size: pairs in the buffer, and in a halving; even.
+      landmarks: keys that keep the error, besides the pairs: ``landmarks * (d + dv + 1)`` numbers
+        a head.
+      query_norm: largest norm of a raw query; ``None`` means ``sqrt(d)``.
+      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      walk: a function of :mod:`coreset_jax.walks`, or any of the same signature; hashable.
+      max_swaps: swaps that may refine a halving after its walk.
+      ridge: regularization of the landmarks' Gram matrix, relative to its diagonal.
+      compressor: what halves blocks in place of the balancing walk, for comparisons: any subset
+        method; it knows nothing of earlier errors.
+
+    Raises:
+      ValueError: on bad options, and on a compressor that is signed, keeps no subset or needs
+        sample queries.
+
+    References:
+      Kochetkova et al., *BalanceKV: KV cache compression through discrepancy theory*, 2025, for
+      merge and reduce; the feedback is this library's (``docs/streaming.md``).
+
+    >>> import jax, coreset_jax as cj
+    >>> keys, values = jax.random.normal(jax.random.key(0), (2, 4, 1000, 16))
+    >>> stream = cj.streaming.merge_and_reduce(size=128, block_size=32)
+    >>> state = stream.init(jax.random.key(1), keys, values)
+    >>> for start in range(0, 1000, 250):
+    ...     end = start + 250
+    ...     state = stream.append(state, keys[:, start:end], values[:, start:end])
+    >>> coreset = stream.coreset(state)
+    >>> coreset.keys.shape, float(jax.numpy.exp(coreset.log_weights[0]).sum().round(2))
+    ((4, 128, 16), 1000.0)
     """
 
     size: int
-    block_size: int
-    landmarks: int
-    query_norm: float | None
-    scale: float | None
-    walk: walks.Walk
-    max_swaps: int
-    ridge: float
-    compressor: Compressor | None
+    block_size: int = 128
+    landmarks: int = 128
+    query_norm: float | None = None
+    scale: float | None = None
+    walk: walks.Walk = walks.greedy_pairs
+    max_swaps: int = 128
+    ridge: float = 1e-4
+    compressor: Compressor | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` on bad options."""
+        for name, least in (("size", 1), ("block_size", 2), ("landmarks", 1), ("max_swaps", 0)):
+            checks.check_count(name, getattr(self, name), least)
+            object.__setattr__(self, name, int(getattr(self, name)))
+        if self.block_size % 2:
+            raise ValueError(f"block_size must be even, got {self.block_size}.")
+        if self.size < 2 * self.block_size:
+            raise ValueError(
+                "size must be at least twice block_size; "
+                f"got size {self.size}, block_size {self.block_size}."
+            )
+        for name in ("query_norm", "scale", "ridge"):
+            object.__setattr__(self, name, checks.static_float(name, getattr(self, name)))
+        if not callable(self.walk):
+            raise ValueError(f"walk must be callable, got {self.walk!r}.")
+        check_compressor(self.compressor)
 
     def init(
         self,
@@ -89,19 +144,20 @@ class Stream:
           values: the same, ``[..., any, dv]``.
 
         Raises:
-          ValueError: if keys and values do not fit each other.
+          ValueError: if keys and values do not fit each other, or options of the compressor fit
+            no head.
         """
-        validation.check_cache(keys, values)
+        checks.check_cache(keys, values)
         leading = keys.shape[:-2]
+        if self.compressor is not None:
+            self.compressor.check_heads(leading)
 
         def one_head(key: Array, value: Array) -> tuple[Summary, Pairs]:
             summary = summaries.empty(self.size - self.block_size, self.landmarks, key, value)
             buffer = summaries.empty(self.block_size, 1, key, value).pairs
             return summary, buffer
 
-        for _ in leading:
-            one_head = jax.vmap(one_head)
-        summary, buffer = one_head(keys[..., 0, :], values[..., 0, :])
+        summary, buffer = over_axes(one_head, len(leading))(keys[..., 0, :], values[..., 0, :])
         rngs = jax.random.split(rng, leading)
         return StreamState(summary, buffer, jnp.zeros_like(summary.absorbed), rngs)
 
@@ -122,12 +178,12 @@ class Stream:
           state: the stream.
           keys: the next keys of each head ``[..., b, d]``; any ``b``.
           values: their values ``[..., b, dv]``.
-          lengths: how many of them are meant ``[...]``, from 0 on; ``None`` means all.
+          lengths: number of valid ones among them ``[...]``, from 0 on; ``None`` means all.
 
         Raises:
           ValueError: if shapes or dtypes do not fit the stream or each other.
         """
-        validation.check_cache(keys, values)
+        checks.check_cache(keys, values)
         self._check(state, keys, values)
         if lengths is not None and jnp.shape(lengths) != keys.shape[:-2]:
             raise ValueError(
@@ -170,18 +226,7 @@ class Stream:
 
     def error(self, state: StreamState) -> StreamError:
         """How wrong the stream's coreset may answer queries of norm up to ``query_norm``."""
-        settings = self.settings(state.summary.pairs.keys.shape[-1])
-
-        def one_head(summary: Summary, buffer: Pairs) -> StreamError:
-            reach = summaries.value_reach(summary, buffer)
-            return StreamError(
-                summaries.error_bound(summary, reach, settings),
-                summaries.error_estimate(summary, reach, settings),
-            )
-
-        for _ in state.filled.shape:
-            one_head = jax.vmap(one_head)
-        return one_head(state.summary, state.buffer)
+        return _error(self, state)
 
     def settings(self, width: int) -> Settings:
         """The settings of a summary for keys of a width."""
@@ -213,7 +258,7 @@ class Stream:
 
 @functools.partial(jax.jit, static_argnames="stream")
 def _append(
-    stream: Stream,
+    stream: merge_and_reduce,
     state: StreamState,
     keys: Float[Array, "*heads b d"],
     values: Float[Array, "*heads b dv"],
@@ -271,18 +316,17 @@ def _write(
         buffer = jax.tree.map(lambda old, rows: old.at[slots].set(rows, mode="drop"), buffer, pairs)
         return state._replace(buffer=buffer, filled=filled + stop - start)
 
-    for _ in state.filled.shape:
-        one_head = jax.vmap(one_head)
-    return one_head(state, *new, starts, stops)
+    return over_axes(one_head, state.filled.ndim)(state, *new, starts, stops)
 
 
-def _flush(stream: Stream, state: StreamState, full: Array) -> StreamState:
+def _flush(stream: merge_and_reduce, state: StreamState, full: Array) -> StreamState:
     """The state with the buffers of the heads that are ``full`` in their summaries."""
     settings = stream.settings(state.buffer.keys.shape[-1])
 
-    def one_head(state: StreamState, full: Array) -> StreamState:
+    def one_head(compressor: Compressor | None, state: StreamState, full: Array) -> StreamState:
         rng, absorb_rng = jax.random.split(state.rngs)
-        summary = summaries.absorb(absorb_rng, state.summary, state.buffer, settings)
+        own = settings._replace(compressor=compressor)
+        summary = summaries.absorb(absorb_rng, state.summary, state.buffer, own)
         cleared = state.buffer._replace(
             weights=jnp.zeros_like(state.buffer.weights),
             positions=jnp.full_like(state.buffer.positions, -1),
@@ -290,9 +334,8 @@ def _flush(stream: Stream, state: StreamState, full: Array) -> StreamState:
         flushed = StreamState(summary, cleared, jnp.zeros_like(state.filled), rng)
         return jax.tree.map(lambda new, old: jnp.where(full, new, old), flushed, state)
 
-    for _ in state.filled.shape:
-        one_head = jax.vmap(one_head)
-    return one_head(state, full)
+    compressors = options_of_heads(stream.compressor, state.summary.ledger.key_radius)
+    return over_axes(one_head, state.filled.ndim)(compressors, state, full)
 
 
 @jax.jit
@@ -317,98 +360,38 @@ def _coreset(state: StreamState) -> Coreset:
             positions,
         )
 
-    for _ in state.filled.shape:
-        one_head = jax.vmap(one_head)
-    return one_head(state)
+    return over_axes(one_head, state.filled.ndim)(state)
 
 
 @functools.partial(jax.jit, static_argnames="stream")
-def _merge(stream: Stream, left: StreamState, right: StreamState) -> StreamState:
+def _merge(stream: merge_and_reduce, left: StreamState, right: StreamState) -> StreamState:
     settings = stream.settings(left.buffer.keys.shape[-1])
     left = _flush(stream, left, left.filled > 0)
 
-    def one_head(left: StreamState, right: StreamState) -> StreamState:
+    def one_head(
+        compressor: Compressor | None, left: StreamState, right: StreamState
+    ) -> StreamState:
         rng, join_rng = jax.random.split(left.rngs)
-        summary = summaries.join(join_rng, left.summary, right.summary, settings)
+        own = settings._replace(compressor=compressor)
+        summary = summaries.join(join_rng, left.summary, right.summary, own)
         moved = jnp.where(
             right.buffer.weights > 0, right.buffer.positions + left.summary.absorbed, -1
         )
         return StreamState(summary, right.buffer._replace(positions=moved), right.filled, rng)
 
-    for _ in left.filled.shape:
-        one_head = jax.vmap(one_head)
-    return one_head(left, right)
+    compressors = options_of_heads(stream.compressor, left.summary.ledger.key_radius)
+    return over_axes(one_head, left.filled.ndim)(compressors, left, right)
 
 
-def merge_and_reduce(
-    *,
-    size: int,
-    block_size: int = 128,
-    landmarks: int = 128,
-    query_norm: float | None = None,
-    scale: float | None = None,
-    walk: walks.Walk = walks.greedy_pairs,
-    max_swaps: int = 128,
-    ridge: float = 1e-4,
-    compressor: Compressor | None = None,
-) -> Stream:
-    r"""A coreset of a stream of unknown length, in memory that does not grow.
+@functools.partial(jax.jit, static_argnames="stream")
+def _error(stream: merge_and_reduce, state: StreamState) -> StreamError:
+    settings = stream.settings(state.buffer.keys.shape[-1])
 
-    Args:
-      size: pairs to hold for each head, the buffer included: at least twice ``block_size``.
-      block_size: pairs in the buffer, and in a halving; even.
-      landmarks: keys that keep the error, besides the pairs: ``landmarks * (d + dv + 1)`` numbers
-        a head.
-      query_norm: largest norm of a raw query; ``None`` means ``sqrt(d)``.
-      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
-      walk: a function of :mod:`coreset_jax.walks`, or any of the same signature; hashable.
-      max_swaps: swaps that may refine a halving after its walk.
-      ridge: regularisation of the landmarks' Gram matrix, relative to its diagonal.
-      compressor: what halves blocks in place of the balancing walk, for comparisons: any subset
-        method; it knows nothing of earlier errors.
-
-    Returns:
-      The functions ``init``, ``append``, ``coreset``, ``merge`` and ``error``.
-
-    Raises:
-      ValueError: on bad options.
-
-    References:
-      Kochetkova et al., *BalanceKV: KV cache compression through discrepancy theory*, 2025, for
-      merge and reduce; the feedback is this library's (``docs/streaming.md``).
-
-    >>> import jax, coreset_jax as cj
-    >>> keys, values = jax.random.normal(jax.random.key(0), (2, 4, 1000, 16))
-    >>> stream = cj.streaming.merge_and_reduce(size=128, block_size=32)
-    >>> state = stream.init(jax.random.key(1), keys, values)
-    >>> for start in range(0, 1000, 250):
-    ...     end = start + 250
-    ...     state = stream.append(state, keys[:, start:end], values[:, start:end])
-    >>> coreset = stream.coreset(state)
-    >>> coreset.keys.shape, float(jax.numpy.exp(coreset.log_weights[0]).sum().round(2))
-    ((4, 128, 16), 1000.0)
-    """
-    validation.check_count("block_size", block_size, 2)
-    if block_size % 2:
-        raise ValueError(f"block_size must be even, got {block_size}.")
-    validation.check_count("size", size)
-    if size < 2 * block_size:
-        raise ValueError(
-            f"size must be at least twice block_size; got size {size}, block_size {block_size}."
+    def one_head(state: StreamState) -> StreamError:
+        reach = summaries.value_reach(state.summary, state.buffer)
+        return StreamError(
+            summaries.error_bound(state.summary, reach, settings),
+            summaries.error_estimate(state.summary, reach, settings),
         )
-    validation.check_count("landmarks", landmarks)
-    validation.check_count("max_swaps", max_swaps, 0)
-    for name, option in (("walk", walk), ("compressor", compressor)):
-        if not callable(option) and not (name == "compressor" and option is None):
-            raise ValueError(f"{name} must be callable, got {option!r}.")
-    return Stream(
-        int(size),
-        int(block_size),
-        int(landmarks),
-        validation.static_float("query_norm", query_norm),
-        validation.static_float("scale", scale),
-        walk,
-        int(max_swaps),
-        validation.static_float("ridge", ridge),
-        compressor,
-    )
+
+    return over_axes(one_head, state.filled.ndim)(state)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coreset_jax.attention import (
+from coreset_jax._src.attention import (
     PartialAttention,
     attention,
     finish,
@@ -36,9 +36,14 @@ def parts(inputs):
     """The same pairs cut in three."""
     queries, *pairs = (array[0, 0] for array in inputs)
     return [
-        partial_attention(queries, *(array[start:stop] for array in pairs))
+        state_of(queries, *(array[start:stop] for array in pairs))
         for start, stop in [(0, 10), (10, 11), (11, COUNT)]
     ]
+
+
+attend = jax.jit(attention, static_argnames="block_size")
+state_of = jax.jit(partial_attention)
+merged, finished = jax.jit(merge), jax.jit(finish)
 
 
 def assert_close(actual, desired):
@@ -46,22 +51,23 @@ def assert_close(actual, desired):
     np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("block_size", [None, 1, 8, COUNT - 1, COUNT, 1000])
-def test_weighted_attention_is_brute_force(inputs, block_size):
-    outputs = attention(*inputs, block_size=block_size)
-    assert outputs.shape == (*LEADING, QUERIES, VALUE_WIDTH)
-    assert_close(outputs, brute_force.attention(*inputs))
+def test_weighted_attention_is_brute_force(inputs):
+    expected = brute_force.attention(*inputs)
+    assert attend(*inputs).shape == expected.shape == (*LEADING, QUERIES, VALUE_WIDTH)
+    for block_size in (None, 1, 8, COUNT - 1, COUNT, 1000):
+        assert_close(attend(*inputs, block_size=block_size), expected)
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
-def test_scale_multiplies_the_logits(inputs, scale):
-    assert_close(attention(*inputs, scale=scale), brute_force.attention(*inputs, scale=scale))
+def test_scale_multiplies_the_logits(inputs):
+    for scale in (0.1, 1.0, 5.0):
+        expected = brute_force.attention(*inputs, scale=scale)
+        assert_close(attend(*inputs, scale=scale), expected)
 
 
 def test_without_weights_it_is_the_attention_of_jax(inputs):
     queries, keys = (np.moveaxis(array, 1, -2) for array in inputs[:2])
     expected = np.moveaxis(jax.nn.dot_product_attention(queries, keys, keys), -2, 1)
-    chex.assert_trees_all_close(attention(inputs[0], inputs[1], inputs[1]), expected, atol=1e-5)
+    chex.assert_trees_all_close(attend(inputs[0], inputs[1], inputs[1]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("block_size", [None, 8])
@@ -71,7 +77,7 @@ def test_pairs_of_weight_zero_are_left_out(inputs, block_size):
     # One whole block weighs nothing, and so does the whole of one head.
     log_weights[..., 8:16] = -np.inf
     log_weights[1, 2] = -np.inf
-    outputs = attention(*pairs, log_weights, block_size=block_size)
+    outputs = attend(*pairs, log_weights, block_size=block_size)
     assert not np.any(outputs[1, 2])
     kept = (0, slice(None))
     assert_close(
@@ -90,23 +96,23 @@ def test_padding_may_hold_anything(inputs, weighted, block_size):
     )
     keys, values = (np.where(inside[..., None], array, np.nan) for array in (keys, values))
     log_weights = np.where(inside, log_weights, np.nan) if weighted else None
-    outputs = attention(queries, keys, values, log_weights, lengths=lengths, block_size=block_size)
+    outputs = attend(queries, keys, values, log_weights, lengths=lengths, block_size=block_size)
     assert_close(outputs, expected)
 
 
 def test_huge_logits_do_not_overflow(inputs):
     queries, *pairs = inputs
-    outputs = attention(1e4 * queries, *pairs, block_size=8)
+    outputs = attend(1e4 * queries, *pairs, block_size=8)
     # Logits of this size have a rounding error of order one, yet never leave the convex hull.
     assert np.all(np.isfinite(outputs))
     assert np.all(np.abs(outputs) <= np.abs(pairs[1]).max() * (1 + 1e-6))
 
 
 def test_merged_parts_are_the_whole(inputs, parts):
-    whole = partial_attention(*(array[0, 0] for array in inputs))
-    chex.assert_trees_all_close(functools.reduce(merge, parts), whole, rtol=1e-5, atol=1e-5)
+    whole = state_of(*(array[0, 0] for array in inputs))
+    chex.assert_trees_all_close(functools.reduce(merged, parts), whole, rtol=1e-5, atol=1e-5)
     assert_close(
-        finish(functools.reduce(merge, parts)),
+        finished(functools.reduce(merged, parts)),
         brute_force.attention(*(array[0, 0] for array in inputs)),
     )
 
@@ -114,34 +120,34 @@ def test_merged_parts_are_the_whole(inputs, parts):
 def test_merging_is_associative_and_commutative(parts):
     left, middle, right = parts
     chex.assert_trees_all_close(
-        merge(merge(left, middle), right), merge(left, merge(middle, right)), rtol=1e-6
+        merged(merged(left, middle), right), merged(left, merged(middle, right)), rtol=1e-6
     )
-    chex.assert_trees_all_equal(merge(left, right), merge(right, left))
+    chex.assert_trees_all_equal(merged(left, right), merged(right, left))
 
 
 def test_empty_parts_change_nothing(inputs, parts):
     queries, keys, values, _ = (array[0, 0] for array in inputs)
     nothing = np.full(COUNT, -np.inf, np.float32)
-    empty = partial_attention(queries, keys, values, nothing)
+    empty = state_of(queries, keys, values, nothing)
     zeros = np.zeros(QUERIES)
     chex.assert_trees_all_equal(
         empty, PartialAttention(zeros - np.inf, zeros, np.zeros((QUERIES, VALUE_WIDTH)))
     )
-    chex.assert_trees_all_equal(merge(empty, parts[0]), parts[0])
-    chex.assert_trees_all_equal(merge(parts[0], empty), parts[0])
-    chex.assert_trees_all_equal(merge(empty, empty), empty)
-    assert not np.any(finish(empty))
+    chex.assert_trees_all_equal(merged(empty, parts[0]), parts[0])
+    chex.assert_trees_all_equal(merged(parts[0], empty), parts[0])
+    chex.assert_trees_all_equal(merged(empty, empty), empty)
+    assert not np.any(finished(empty))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_summed_in_float32(inputs, dtype):
     halves = [jnp.asarray(array, dtype) for array in inputs[:3]]
-    outputs = attention(*halves, inputs[3], block_size=8)
+    outputs = attend(*halves, inputs[3], block_size=8)
     assert outputs.dtype == dtype
-    state = partial_attention(*halves, inputs[3])
+    state = state_of(*halves, inputs[3])
     assert {leaf.dtype for leaf in state} == {jnp.dtype(jnp.float32)}
     expected = brute_force.attention(*halves, inputs[3])
-    assert_close(finish(state), expected)
+    assert_close(finished(state), expected)
     np.testing.assert_allclose(
         outputs.astype(np.float32), expected, rtol=jnp.finfo(dtype).eps, atol=1e-5
     )
@@ -149,22 +155,15 @@ def test_half_precision_is_summed_in_float32(inputs, dtype):
 
 def test_double_precision(inputs, x64):
     inputs = brute_force.double(*inputs)
-    outputs = attention(*inputs, block_size=8)
+    outputs = attend(*inputs, block_size=8)
     assert outputs.dtype == jnp.float64
     np.testing.assert_allclose(outputs, brute_force.attention(*inputs), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("block_size", [None, 8])
-def test_gradients_are_those_of_softmax(inputs, block_size):
+def test_gradients_are_those_of_softmax(inputs):
     log_weights = inputs[3].copy()
     log_weights[..., ::3] = -np.inf
     lengths = np.array([[COUNT, 30, 2], [20, 9, 8]])
-
-    def ours(queries, keys, values):
-        outputs = attention(
-            queries, keys, values, log_weights, lengths=lengths, block_size=block_size
-        )
-        return jnp.sum(jnp.sin(outputs))
 
     def plain(queries, keys, values):
         logits = jnp.einsum("...qd,...nd->...qn", queries, keys) * WIDTH**-0.5
@@ -172,7 +171,15 @@ def test_gradients_are_those_of_softmax(inputs, block_size):
         logits += length_log_weights(lengths, COUNT, jnp.float32)[..., None, :]
         return jnp.sum(jnp.sin(jax.nn.softmax(logits) @ values))
 
-    gradients = jax.grad(ours, argnums=(0, 1, 2))(*inputs[:3])
-    expected = jax.grad(plain, argnums=(0, 1, 2))(*inputs[:3])
-    chex.assert_tree_all_finite(gradients)
-    chex.assert_trees_all_close(gradients, expected, rtol=1e-4, atol=1e-5)
+    expected = jax.jit(jax.grad(plain, argnums=(0, 1, 2)))(*inputs[:3])
+    for block_size in (None, 8):
+
+        def ours(queries, keys, values, block_size=block_size):
+            outputs = attention(
+                queries, keys, values, log_weights, lengths=lengths, block_size=block_size
+            )
+            return jnp.sum(jnp.sin(outputs))
+
+        gradients = jax.jit(jax.grad(ours, argnums=(0, 1, 2)))(*inputs[:3])
+        chex.assert_tree_all_finite(gradients)
+        chex.assert_trees_all_close(gradients, expected, rtol=1e-4, atol=1e-5)

@@ -4,14 +4,15 @@ Each is written from its paper and held by the tests to its formulas and, where 
 figures of its authors' own code.
 """
 
+from coreset_jax._src.core.coreset import SignedCoreset
 from coreset_jax.baselines.attention_matching import attention_matching
 from coreset_jax.baselines.balance_kv import balance_kv
 from coreset_jax.baselines.expected_attention import expected_attention
 from coreset_jax.baselines.h2o import h2o
 from coreset_jax.baselines.kernel_halving import kernel_halving
-from coreset_jax.baselines.key_similarity import key_similarity
+from coreset_jax.baselines.keydiff import keydiff
 from coreset_jax.baselines.kmeans import kmeans
-from coreset_jax.baselines.quantised import quantised, quantised_bytes
+from coreset_jax.baselines.quantized import quantized, quantized_bytes
 from coreset_jax.baselines.snapkv import snapkv
 from coreset_jax.baselines.streaming_llm import streaming_llm
 from coreset_jax.baselines.top_attention import top_attention
@@ -19,15 +20,16 @@ from coreset_jax.baselines.uniform import uniform
 from coreset_jax.baselines.wildcat import wildcat
 
 __all__ = [
+    "SignedCoreset",
     "attention_matching",
     "balance_kv",
     "expected_attention",
     "h2o",
     "kernel_halving",
-    "key_similarity",
+    "keydiff",
     "kmeans",
-    "quantised",
-    "quantised_bytes",
+    "quantized",
+    "quantized_bytes",
     "snapkv",
     "streaming_llm",
     "top_attention",

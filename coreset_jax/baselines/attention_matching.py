@@ -4,177 +4,21 @@ Zweiger, Fu, Guo, Kim, *Fast KV Compaction via Attention Matching*, 2026, arXiv 
 called "as published" here is the authors' code: its highest-attention keys and its fast settings.
 """
 
-import dataclasses
-import functools
-from typing import NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import ArrayLike
 
-from coreset_jax import validation
-from coreset_jax.attention import accumulation_dtype, default_scale
-from coreset_jax.coreset import Compressor, Coreset, gather, over_heads, whole_cache
-from coreset_jax.refit.samples import matched_log_weights, matched_values
-
-HIGHEST = jax.lax.Precision.HIGHEST
-
-# Queries whose scores over the whole cache are held at a time.
-_BLOCK = 128
+from coreset_jax._src.core.compressor import Compressor, leaf
+from coreset_jax._src.core.coreset import Coreset
+from coreset_jax._src.core.head import Head
+from coreset_jax._src.core.info import Info
+from coreset_jax._src.fit.query_targets import evaluate, matched_log_weights, matched_values
+from coreset_jax._src.queries.scores import WEIGHTS, mean_squared_attention
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options of :func:`attention_matching`, hashable to be static under ``jax.jit``."""
-
-    ridge: float = 1e-5
-    bound: float = 3.0
-    steps: int = 2
-    scale: float | None = None
-
-
-class _Answers(NamedTuple):
-    """What the sample queries read from the whole cache.
-
-    Attributes:
-      importance: sum over the queries of each pair's squared attention ``[n]``.
-      maxima: largest score of each query ``[q]``.
-      totals: sum of the exponentials of the scores less the largest ``[q]``.
-      outputs: exact attention ``[q, dv]``.
-    """
-
-    importance: Float[Array, " n"]
-    maxima: Float[Array, " q"]
-    totals: Float[Array, " q"]
-    outputs: Float[Array, "q dv"]
-
-
-def _ask(
-    queries: Float[Array, "q d"],
-    keys: Float[Array, "n d"],
-    values: Float[Array, "n dv"],
-    inside: Bool[Array, " n"],
-) -> _Answers:
-    """Reads the cache, a block of queries at a time. The queries have absorbed the scale."""
-    count = queries.shape[0]
-    width = min(_BLOCK, count)
-    blocks = -(-count // width)
-    padded = jnp.pad(queries, ((0, blocks * width - count), (0, 0)))
-    real = (jnp.arange(blocks * width) < count).reshape(blocks, width)
-
-    def ask_block(
-        importance: Array, block: tuple[Array, Array]
-    ) -> tuple[Array, tuple[Array, Array, Array]]:
-        queries, real = block
-        scores = jnp.matmul(queries, keys.T, precision=HIGHEST)
-        scores = jnp.where(inside[None], scores, -jnp.inf)
-        maxima = jnp.max(scores, axis=-1)
-        masses = jnp.exp(scores - maxima[:, None])
-        totals = jnp.sum(masses, axis=-1)
-        shares = masses / totals[:, None]
-        squares = jnp.where(real[:, None], jnp.square(shares), 0)
-        outputs = jnp.matmul(shares, values, precision=HIGHEST)
-        return importance + jnp.sum(squares, axis=0), (maxima, totals, outputs)
-
-    importance, rows = jax.lax.scan(
-        ask_block,
-        jnp.zeros_like(keys[:, 0]) + jnp.zeros_like(queries[0, 0]),
-        (padded.reshape(blocks, width, -1), real),
-    )
-    maxima, totals, outputs = (
-        each.reshape(blocks * width, *each.shape[2:])[:count] for each in rows
-    )
-    return _Answers(importance, maxima, totals, outputs)
-
-
-def _compress_head(
-    rng: Array,
-    keys: Float[Array, "n d"],
-    values: Float[Array, "n dv"],
-    length: Int[Array, ""],
-    queries: Float[Array, "q d"],
-    *,
-    size: int,
-    options: Options,
-) -> Coreset:
-    del rng
-    count = keys.shape[0]
-    dtype = accumulation_dtype(keys, values)
-    scale = default_scale(keys.shape[-1]) if options.scale is None else options.scale
-    scaled = scale * queries.astype(dtype)
-    inside = jnp.arange(count) < length
-    # Padding may hold anything.
-    all_keys = jnp.where(inside[:, None], keys.astype(dtype), 0)
-    all_values = jnp.where(inside[:, None], values.astype(dtype), 0)
-    answers = _ask(scaled, all_keys, all_values, inside)
-
-    _, kept = jax.lax.top_k(jnp.where(inside, answers.importance, -1), size)
-    kept = jnp.sort(jnp.where(kept < length, kept, count))
-    coreset = gather(keys, values, jnp.where(kept < count, kept, -1), jnp.zeros((size,), dtype))
-    scores = jnp.matmul(scaled, coreset.keys.astype(dtype).T, precision=HIGHEST)
-    masses = jnp.exp(scores - answers.maxima[:, None])
-    log_weights = matched_log_weights(
-        masses, answers.totals, bound=options.bound, steps=options.steps
-    )
-    shares = jax.nn.softmax(scores + log_weights[None], axis=-1)
-    fitted = matched_values(shares, answers.outputs, ridge=options.ridge)
-    # A head no longer than this is kept whole.
-    whole = length <= size
-    finite = jnp.all(jnp.isfinite(queries))
-    log_weights = jnp.where(whole, coreset.log_weights, log_weights)
-    return coreset._replace(
-        values=jnp.where(whole, coreset.values, fitted.astype(values.dtype)),
-        log_weights=jnp.where(finite, log_weights, jnp.nan),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("size", "options"))
-def _compress(
-    rng: Array,
-    keys: Float[Array, "*heads n d"],
-    values: Float[Array, "*heads n dv"],
-    lengths: Int[Array, "*heads"] | None,
-    queries: Float[Array, "*heads q d"],
-    *,
-    size: int,
-    options: Options,
-) -> Coreset:
-    compress_head = functools.partial(_compress_head, size=size, options=options)
-    return over_heads(compress_head, rng, keys, values, lengths, queries)
-
-
-@dataclasses.dataclass(frozen=True)
-class _AttentionMatching:
-    options: Options
-
-    def __call__(
-        self,
-        rng: Array,
-        keys: Float[Array, "*heads n d"],
-        values: Float[Array, "*heads n dv"],
-        *,
-        size: int,
-        lengths: Int[Array, "*heads"] | None = None,
-        queries: Float[Array, "*heads q d"] | None = None,
-    ) -> Coreset:
-        validation.check_cache(keys, values)
-        validation.check_size(size)
-        validation.check_lengths(lengths, keys)
-        if queries is None:
-            raise ValueError("queries must be given: attention is matched on sample queries.")
-        validation.check_queries(queries, keys)
-        if queries.shape[-2] < 1:
-            raise ValueError(
-                f"queries must not be empty; got queries {queries.shape} and keys {keys.shape}."
-            )
-        if size >= keys.shape[-2]:
-            return whole_cache(keys, values, lengths)
-        return _compress(rng, keys, values, lengths, queries, size=int(size), options=self.options)
-
-
-def attention_matching(
-    ridge: float = 1e-5, bound: float = 3.0, steps: int = 2, scale: float | None = None
-) -> Compressor:
+class attention_matching(Compressor):  # noqa: N801
     r"""Attention matching on the highest-attention keys, in the authors' fast settings.
 
     With scores :math:`s_{qi} = \mathrm{scale}\langle q, k_i\rangle` of the sample queries,
@@ -204,26 +48,16 @@ def attention_matching(
     make values of :math:`10^8`; at the default it is as good as in float64.
 
     Args:
-      ridge: regularisation of the values, relative to the largest eigenvalue.
+      ridge: regularization of the values, relative to the largest eigenvalue.
       bound: largest absolute log-weight.
-      steps: gradient steps after the clip.
+      gradient_steps: gradient steps after the clip.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
 
-    Returns:
-      A :class:`~coreset_jax.coreset.Compressor` ``(rng, keys [..., n, d], values [..., n, dv], *,
-      size, lengths=None, queries [..., q, d]) -> Coreset``. It wants sample queries. Keys and
-      values are float arrays of any width; keys are bit-identical to the source, values are
-      not, and weights need not sum to the length. Sums, factors and log-weights are float32 or
-      wider. ``size >= n`` returns the cache itself; a head with a NaN or an infinity among its
-      queries gets NaN log-weights. Time is that of ``q * n`` scores and :math:`O((q + m) m^2)`;
-      memory beside the cache is a float32 copy of it, ``128 * n + q * m`` numbers and a few
-      ``m x m`` matrices a head.
-      On a mesh of Explicit axes call it inside ``jax.shard_map``. The call raises ``ValueError``
-      if ``queries`` are not given or empty, if shapes do not fit, if ``size`` is not a positive
-      integer or if ``lengths`` lie outside ``1..n``.
+    A compressor; see :class:`coreset_jax.Compressor`. It wants sample queries and draws nothing. Keys are bit-identical to the source,
+    values are not, and weights need not sum to the length.
 
     Raises:
-      ValueError: if an option is not a static positive number, or ``steps`` no count.
+      ValueError: if an option is not a static positive number, or ``gradient_steps`` no count.
 
     References:
       Zweiger, Fu, Guo, Kim, *Fast KV Compaction via Attention Matching*, 2026, arXiv 2602.16284,
@@ -236,12 +70,44 @@ def attention_matching(
     >>> coreset.keys.shape, coreset.log_weights.shape
     ((4, 48, 16), (4, 48))
     """
-    validation.check_count("steps", steps, 0)
-    return _AttentionMatching(
-        Options(
-            ridge=validation.static_float("ridge", ridge),
-            bound=validation.static_float("bound", bound),
-            steps=int(steps),
-            scale=validation.static_float("scale", scale),
+
+    ridge: float = 1e-5
+    bound: float = 3.0
+    gradient_steps: int = 2
+    scale: ArrayLike | None = leaf(None)
+    needs_queries: ClassVar[bool] = True
+    keeps_pairs = False
+
+    def validate(self) -> None:
+        """Raises ``ValueError`` on bad static options."""
+        self.static_float("ridge")
+        self.static_float("bound")
+        self.static_count("gradient_steps", 0)
+
+    def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
+        """Keeps the keys of highest attention, and fits weights and values behind them."""
+        assert head.queries is not None
+        importance = mean_squared_attention(head, head.queries)
+        _, kept = jax.lax.top_k(jnp.where(head.inside, importance, -1), size)
+        kept = jnp.sort(jnp.where(kept < head.length, kept, head.count)).astype(jnp.int32)
+        coreset = head.pairs(kept, jnp.zeros((size,), head.dtype))
+        targets = evaluate(head, coreset.keys, coreset.indices >= 0)
+        log_weights = matched_log_weights(
+            jnp.exp(targets.scores - targets.cache.maximum[:, None]),
+            targets.cache.total,
+            bound=self.bound,
+            gradient_steps=self.gradient_steps,
         )
-    )
+        shares = jax.nn.softmax(targets.scores + log_weights[None], axis=-1)
+        outputs = head.standardization.restore_values(targets.outputs())
+        values = matched_values(shares, outputs, ridge=self.ridge)
+        # A head no longer than this is kept whole.
+        whole = head.length <= size
+        return coreset._replace(
+            values=jnp.where(whole, coreset.values, values.astype(coreset.values.dtype)),
+            log_weights=jnp.where(whole, coreset.log_weights, log_weights),
+        ), Info()
+
+    def workspace(self, count: int, size: int, width: int) -> int:
+        """Attention weights of a block of samples, and the matrices of the fits."""
+        return WEIGHTS + count * width + 4 * size * size

@@ -5,7 +5,6 @@ Theory*, NeurIPS 2025, arXiv 2502.07861. What is called "as published" here is t
 authors' code, which differs in places from the rule of the paper.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -14,26 +13,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from coreset_jax import validation
-from coreset_jax.attention import accumulation_dtype, default_scale
-from coreset_jax.coreset import Compressor, Coreset, gather, over_heads, whole_cache
+from coreset_jax._src.core.compressor import Compressor, leaf
+from coreset_jax._src.core.coreset import Coreset, gather
+from coreset_jax._src.core.head import Head
+from coreset_jax._src.core.info import Info
+from coreset_jax._src.precision import matmul
 
 # Added to the inner product of two values: the part of the kernel that balances the denominator.
 _VALUE_OFFSET = 0.025 + 1e-8
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options of :func:`balance_kv`, hashable so that they can be static under ``jax.jit``."""
-
-    corrected: bool = False
-    temperature: float = 1.0
-    block_size: int = 128
-    gamma: float = 4.0
-    beta: float = 0.0
-    scale: float | None = None
 
 
 class Kept(NamedTuple):
@@ -67,7 +57,8 @@ def _block_signs(
     values: Float[Array, "b dv"],
     active: Bool[Array, " b"],
     uniforms: Float[Array, " b"],
-    options: Options,
+    scale: ArrayLike,
+    options: "balance_kv",
 ) -> Float[Array, " b"]:
     """Signs of one block. Pairs that are not active come last and have zero keys."""
     dtype = keys.dtype
@@ -77,8 +68,6 @@ def _block_signs(
         # The authors' code fills a short block with zero keys and averages over these as well.
         total = jnp.full((), options.block_size, dtype)
     centered = keys - jnp.sum(keys, axis=0, keepdims=True) / total
-    scale = default_scale(keys.shape[-1]) if options.scale is None else options.scale
-    matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     exponents = options.temperature * scale * matmul(centered, centered.T) - options.beta
     if options.corrected:
         # Infinities of opposite sign add up to NaN. Far below them the step is certain anyway.
@@ -105,7 +94,8 @@ def _halve(
     kept: Kept,
     uniforms: Float[Array, " slots"],
     size: int,
-    options: Options,
+    scale: ArrayLike,
+    options: "balance_kv",
 ) -> Kept:
     """One halving, or as much of one as ``size`` still allows."""
     slots = kept.order.shape[0]
@@ -126,7 +116,7 @@ def _halve(
         padding = [(0, blocks * width - slots)] + [(0, 0)] * (array.ndim - 1)
         return jnp.pad(array, padding).reshape(blocks, width, *array.shape[1:])
 
-    walk = jax.vmap(functools.partial(_block_signs, options=options))
+    walk = jax.vmap(functools.partial(_block_signs, scale=scale, options=options))
     signs = walk(in_blocks(keys), in_blocks(values), in_blocks(active), in_blocks(uniforms))
     signs = signs.reshape(-1)[:slots]
 
@@ -157,7 +147,8 @@ def halvings(
     length: Int[Array, ""] | int,
     *,
     size: int,
-    options: Options,
+    scale: ArrayLike,
+    options: "balance_kv",
 ) -> Kept:
     r"""All halvings of one head as a pure function of the random numbers.
 
@@ -168,7 +159,8 @@ def halvings(
         (``round_slots(n, size)[:-1]``); block after block, the first of a block is not used.
       length: valid pairs, at the front.
       size: pairs to keep, static.
-      options: what :func:`balance_kv` was told, static.
+      scale: the softmax scale.
+      options: the compressor, of whose options those that are static are read.
 
     Returns:
       The pairs kept, with the weights as the walk leaves them.
@@ -177,7 +169,7 @@ def halvings(
     start = (jnp.arange(count) < length).astype(keys.dtype)
     kept = Kept(jnp.arange(count, dtype=jnp.int32), start, jnp.asarray(length, jnp.int32))
     for numbers in uniforms:
-        kept = _halve(keys, values, kept, numbers, size, options)
+        kept = _halve(keys, values, kept, numbers, size, scale, options)
     return kept
 
 
@@ -186,7 +178,7 @@ def as_coreset(
     keys: Float[Array, "n d"],
     values: Float[Array, "n dv"],
     length: Int[Array, ""] | int,
-    options: Options,
+    options: "balance_kv",
 ) -> Coreset:
     """Puts the weights that the halvings left where the variant has them.
 
@@ -195,7 +187,7 @@ def as_coreset(
       keys: keys ``[n, d]``, in the dtype of the cache.
       values: values ``[n, dv]``.
       length: valid pairs.
-      options: what :func:`balance_kv` was told.
+      options: the compressor.
     """
     count, size = keys.shape[0], kept.order.shape[0]
     indices = jnp.where(jnp.arange(size) < kept.filled, kept.order, count)
@@ -213,73 +205,10 @@ def as_coreset(
     return coreset._replace(values=weighted.astype(values.dtype))
 
 
-def _compress_head(
-    rng: Array,
-    keys: Float[Array, "n d"],
-    values: Float[Array, "n dv"],
-    length: Int[Array, ""],
-    *,
-    size: int,
-    options: Options,
-) -> Coreset:
-    dtype = accumulation_dtype(keys, values)
-    slots = round_slots(keys.shape[0], size)[:-1]
-    # One draw for all rounds: the random generator would be much of what each compiles.
-    uniforms = jnp.split(jax.random.uniform(rng, (sum(slots),), dtype), np.cumsum(slots)[:-1])
-    kept = halvings(
-        keys.astype(dtype), values.astype(dtype), uniforms, length, size=size, options=options
-    )
-    return as_coreset(kept, keys, values, length, options)
-
-
-@functools.partial(jax.jit, static_argnames=("size", "options"))
-def _compress(
-    rng: Array,
-    keys: Float[Array, "*heads n d"],
-    values: Float[Array, "*heads n dv"],
-    lengths: Int[Array, "*heads"] | None,
-    *,
-    size: int,
-    options: Options,
-) -> Coreset:
-    compress_head = functools.partial(_compress_head, size=size, options=options)
-    return over_heads(compress_head, rng, keys, values, lengths)
-
-
-@dataclasses.dataclass(frozen=True)
-class _BalanceKV:
-    options: Options
-
-    def __call__(
-        self,
-        rng: Array,
-        keys: Float[Array, "*heads n d"],
-        values: Float[Array, "*heads n dv"],
-        *,
-        size: int,
-        lengths: Int[Array, "*heads"] | None = None,
-        queries: Float[Array, "*heads q d"] | None = None,
-    ) -> Coreset:
-        del queries
-        validation.check_cache(keys, values)
-        validation.check_size(size)
-        validation.check_lengths(lengths, keys)
-        if size >= keys.shape[-2]:
-            return whole_cache(keys, values, lengths)
-        return _compress(rng, keys, values, lengths, size=int(size), options=self.options)
-
-
-def balance_kv(
-    corrected: bool = False,
-    temperature: float = 1.0,
-    block_size: int = 128,
-    gamma: float = 4.0,
-    beta: float = 0.0,
-    scale: float | None = None,
-) -> Compressor:
+class balance_kv(Compressor):  # noqa: N801
     r"""BalanceKV as published, or with the weights where they belong.
 
-    A halving cuts the cache into consecutive blocks. In each, with keys :math:`\hat k` centred by
+    A halving cuts the cache into consecutive blocks. In each, with keys :math:`\hat k` centered by
     the mean of the block and values :math:`\hat v` multiplied by their weight so far,
 
     .. math::
@@ -299,12 +228,12 @@ def balance_kv(
     *As published* the values of the coreset carry :math:`w_i/2^t`, so they are **not** those of
     the source, and the log-weights are flat. Numerator and denominator then disagree by a few
     percent. Step probabilities are not clipped, and where float32 overflows the kernel (at
-    temperature 1, centred keys of norm above :math:`9.4\,d^{1/4}`) nearly all such keys are lost.
+    temperature 1, centered keys of norm above :math:`9.4\,d^{1/4}`) nearly all such keys are lost.
 
     *Corrected*, values are bit-identical to the source and log-weights are :math:`\log w_i`
     scaled so that the weights sum to the length; step probabilities are clipped, which changes no
     sign because the draws come from :math:`[0, 1)`; the kernel is bounded instead of
-    overflowing; a short block is centred by its own mean. The walk, and with it the loss to a
+    overflowing; a short block is centered by its own mean. The walk, and with it the loss to a
     balanced cache, is the same.
 
     The authors' code halves :math:`t` times, to :math:`\lfloor n/2^t \rfloor` pairs. Here any size
@@ -320,13 +249,7 @@ def balance_kv(
       beta: taken from the exponent; the same as ``gamma`` times :math:`e^{-\beta}`.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
 
-    Returns:
-      A :class:`~coreset_jax.coreset.Compressor` ``(rng, keys [..., n, d], values [..., n, dv], *,
-      size, lengths=None, queries=None) -> Coreset``. Keys and values are float arrays of any
-      width; the walk and the log-weights are float32 or wider. It looks at no query, and
-      ``queries`` are ignored. ``size >= n`` returns the cache itself. Memory beside the cache is
-      ``n * block_size`` numbers a head. The call raises ``ValueError`` if shapes do not fit, if
-      ``size`` is not a positive integer or if ``lengths`` lie outside ``1..n``.
+    A compressor; see :class:`coreset_jax.Compressor`. It looks at no query.
 
     Raises:
       ValueError: if an option is not a static number, or one other than ``beta`` not positive.
@@ -346,15 +269,42 @@ def balance_kv(
     >>> print(jnp.exp(coreset.log_weights).sum(axis=-1).round(3))
     [128. 128. 128. 128.]
     """
-    if not isinstance(corrected, bool):
-        raise ValueError(f"corrected must be True or False, got {corrected!r}.")
-    validation.check_count("block_size", block_size)
-    options = Options(
-        corrected=corrected,
-        temperature=validation.static_float("temperature", temperature),
-        block_size=int(block_size),
-        gamma=validation.static_float("gamma", gamma),
-        beta=validation.static_float("beta", beta, positive=False),
-        scale=validation.static_float("scale", scale),
-    )
-    return _BalanceKV(options)
+
+    corrected: bool = False
+    temperature: float = 1.0
+    block_size: int = 128
+    gamma: float = 4.0
+    beta: float = 0.0
+    scale: ArrayLike | None = leaf(None)
+
+    @property
+    def keeps_pairs(self) -> bool:  # type: ignore[override]
+        """As published, weights are multiplied into the values."""
+        return self.corrected
+
+    def validate(self) -> None:
+        """Raises ``ValueError`` on bad static options."""
+        if not isinstance(self.corrected, bool):
+            raise ValueError(f"corrected must be True or False, got {self.corrected!r}.")
+        self.static_count("block_size")
+        self.static_float("temperature")
+        self.static_float("gamma")
+        self.static_float("beta", positive=False)
+
+    def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
+        """Halves the head, and puts the weights where the variant has them."""
+        slots = round_slots(head.count, size)[:-1]
+        # One draw for all rounds: the random generator would be much of what each compiles.
+        drawn = jax.random.uniform(head.key, (sum(slots),), head.dtype)
+        uniforms = jnp.split(drawn, np.cumsum(slots)[:-1])
+        keys, values = head.keys.astype(head.dtype), head.values.astype(head.dtype)
+        kept = halvings(
+            keys, values, uniforms, head.length, size=size, scale=head.scale, options=self
+        )
+        coreset = as_coreset(kept, head.keys, head.values, head.length, self)
+        return coreset, Info(rounds=jnp.full((), len(slots), jnp.int32))
+
+    def workspace(self, count: int, size: int, width: int) -> int:
+        """The Gram matrices of all blocks, and the cache in the dtype of sums."""
+        del size
+        return count * (min(self.block_size, count) + 2 * width)

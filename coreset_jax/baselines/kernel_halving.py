@@ -1,35 +1,27 @@
-r"""Kernel halving of attention: halvings by a self-balancing walk on pairs of neighbours.
+r"""Kernel halving of attention: halvings by a self-balancing walk on pairs of neighbors.
 
 Carrell, Gong, Shetty, Dwivedi, Mackey, *Low-Rank Thinning*, ICML 2025, arXiv 2502.12063: the
 ``khcompress`` of its Thinformer. What is called "as published" here is the rule of the authors'
 code.
 """
 
-import dataclasses
-import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from coreset_jax import validation
-from coreset_jax.attention import accumulation_dtype, default_scale
-from coreset_jax.coreset import Compressor, Coreset, gather, over_heads, whole_cache
+from coreset_jax._src.core.compressor import Compressor, leaf
+from coreset_jax._src.core.coreset import Coreset
+from coreset_jax._src.core.head import Head
+from coreset_jax._src.core.info import Info
+from coreset_jax._src.precision import matmul
 
 # The bucket that the authors' code starts from where it oversamples least.
 _LEAST_BUCKET = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options of :func:`kernel_halving`, hashable to be static under ``jax.jit``."""
-
-    delta: float = 0.5
-    scale: float | None = None
 
 
 class Round(NamedTuple):
@@ -39,7 +31,7 @@ class Round(NamedTuple):
       slots: pairs that it may find.
       threshold: pairs above which a head takes part, and slots that it leaves.
       bucket: width of the buckets, even.
-      pairs: pairs of neighbours in all buckets: as many uniform numbers does the round want.
+      pairs: pairs of neighbors in all buckets: as many uniform numbers does the round want.
     """
 
     slots: int
@@ -92,7 +84,6 @@ def _bucket_signs(
     offset: Float[Array, ""],
 ) -> Float[Array, " h"]:
     """Signs of the pairs of one bucket: 1 keeps the first, -1 the second, 0 is not active."""
-    matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def step(pair: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         signs, signed, largest = state
@@ -183,7 +174,8 @@ def halvings(
     length: Int[Array, ""] | int,
     *,
     size: int,
-    options: Options,
+    scale: ArrayLike,
+    delta: float,
 ) -> Kept:
     """All halvings of one head as a pure function of the random numbers.
 
@@ -195,16 +187,16 @@ def halvings(
       coins: one number from ``[0, 1)`` a round.
       length: valid pairs, at the front.
       size: pairs to keep, static.
-      options: what :func:`kernel_halving` was told, static.
+      scale: the softmax scale.
+      delta: the share of runs in which the walk may fail to be subgaussian.
 
     Returns:
       The pairs kept.
     """
     count, dtype = keys.shape[0], keys.dtype
     schedule = rounds(count, size)
-    scale = default_scale(keys.shape[-1]) if options.scale is None else options.scale
     inside = jnp.arange(count) < length
-    keys = jnp.where(inside[:, None], keys, 0) * math.sqrt(scale)
+    keys = jnp.where(inside[:, None], keys, 0) * jnp.sqrt(scale)
     values = jnp.where(inside[:, None], values, 0)
     shift = jnp.max(jnp.sum(jnp.square(keys), axis=-1))
     offset = jnp.square(jnp.max(jnp.abs(values)))
@@ -214,7 +206,7 @@ def halvings(
     taken = jnp.maximum(jnp.sum(joins), 1)
     widths = jnp.asarray([each.bucket for each in schedule])
     first = jnp.min(jnp.where(joins, widths, schedule[-1].bucket))
-    total = (first * taken).astype(dtype) * jnp.asarray(length, dtype) / options.delta
+    total = (first * taken).astype(dtype) * jnp.asarray(length, dtype) / delta
 
     length = jnp.asarray(length, jnp.int32)
     # Made from the length, so that the order is sharded as the heads are.
@@ -237,75 +229,11 @@ def halvings(
     return kept
 
 
-def _compress_head(
-    rng: Array,
-    keys: Float[Array, "n d"],
-    values: Float[Array, "n dv"],
-    length: Int[Array, ""],
-    *,
-    size: int,
-    options: Options,
-) -> Coreset:
-    dtype = accumulation_dtype(keys, values)
-    numbers = [each.pairs for each in rounds(keys.shape[0], size)]
-    # One draw for all rounds: the random generator would be much of what each compiles.
-    drawn = jax.random.uniform(rng, (sum(numbers) + len(numbers),), dtype)
-    *uniforms, coins = jnp.split(drawn, np.cumsum(numbers))
-    kept = halvings(
-        keys.astype(dtype),
-        values.astype(dtype),
-        uniforms,
-        coins,
-        length,
-        size=size,
-        options=options,
-    )
-    indices = jnp.where(jnp.arange(size) < kept.filled, kept.order, -1)
-    return gather(keys, values, indices, jnp.log(kept.weights))
-
-
-@functools.partial(jax.jit, static_argnames=("size", "options"))
-def _compress(
-    rng: Array,
-    keys: Float[Array, "*heads n d"],
-    values: Float[Array, "*heads n dv"],
-    lengths: Int[Array, "*heads"] | None,
-    *,
-    size: int,
-    options: Options,
-) -> Coreset:
-    compress_head = functools.partial(_compress_head, size=size, options=options)
-    return over_heads(compress_head, rng, keys, values, lengths)
-
-
-@dataclasses.dataclass(frozen=True)
-class _KernelHalving:
-    options: Options
-
-    def __call__(
-        self,
-        rng: Array,
-        keys: Float[Array, "*heads n d"],
-        values: Float[Array, "*heads n dv"],
-        *,
-        size: int,
-        lengths: Int[Array, "*heads"] | None = None,
-        queries: Float[Array, "*heads q d"] | None = None,
-    ) -> Coreset:
-        del queries
-        validation.check_cache(keys, values)
-        validation.check_size(size)
-        validation.check_lengths(lengths, keys)
-        if size >= keys.shape[-2]:
-            return whole_cache(keys, values, lengths)
-        return _compress(rng, keys, values, lengths, size=int(size), options=self.options)
-
-
-def kernel_halving(delta: float = 0.5, scale: float | None = None) -> Compressor:
+class kernel_halving(Compressor):  # noqa: N801
     r"""Kernel halving of attention, as Thinformer thins a cache (``khcompress``).
 
     A halving cuts the cache into consecutive buckets of :math:`B` pairs and each bucket into pairs
-    of neighbours, of which one stays. With keys :math:`\hat k = \sqrt{\mathrm{scale}}\,k`,
+    of neighbors, of which one stays. With keys :math:`\hat k = \sqrt{\mathrm{scale}}\,k`,
 
     .. math::
        K_{ij} = e^{\langle\hat k_i,\hat k_j\rangle - \max\|\hat k\|^2}
@@ -340,15 +268,7 @@ def kernel_halving(delta: float = 0.5, scale: float | None = None) -> Compressor
         authors' default is 0.5.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
 
-    Returns:
-      A :class:`~coreset_jax.coreset.Compressor` ``(rng, keys [..., n, d], values [..., n, dv], *,
-      size, lengths=None, queries=None) -> Coreset``. Keys and values are float arrays of any
-      width; the walk and the log-weights are float32 or wider. It looks at no query, and
-      ``queries`` are ignored. ``size >= n`` returns the cache itself. Time is that of
-      :math:`4 m^2` kernel values a halving in ``2 * size`` sequential steps altogether; memory
-      beside the cache is a float32 copy of it and a few numbers a pair. The call raises
-      ``ValueError`` if shapes do not fit, if ``size`` is not a positive integer or if ``lengths``
-      lie outside ``1..n``.
+    A compressor; see :class:`coreset_jax.Compressor`. It looks at no query.
 
     Raises:
       ValueError: if an option is not a static positive number.
@@ -368,9 +288,23 @@ def kernel_halving(delta: float = 0.5, scale: float | None = None) -> Compressor
     >>> print(jnp.exp(coreset.log_weights).sum(axis=-1).round(3))
     [128. 128. 128. 128.]
     """
-    return _KernelHalving(
-        Options(
-            delta=validation.static_float("delta", delta),
-            scale=validation.static_float("scale", scale),
-        )
-    )
+
+    delta: float = 0.5
+    scale: ArrayLike | None = leaf(None)
+
+    def validate(self) -> None:
+        """Raises ``ValueError`` on bad static options."""
+        self.static_float("delta")
+
+    def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
+        """Halves the head."""
+        numbers = [each.pairs for each in rounds(head.count, size)]
+        # One draw for all rounds: the random generator would be much of what each compiles.
+        drawn = jax.random.uniform(head.key, (sum(numbers) + len(numbers),), head.dtype)
+        *uniforms, coins = jnp.split(drawn, np.cumsum(numbers))
+        keys, values = head.keys.astype(head.dtype), head.values.astype(head.dtype)
+        options = {"size": size, "scale": head.scale, "delta": self.delta}
+        kept = halvings(keys, values, uniforms, coins, head.length, **options)
+        indices = jnp.where(jnp.arange(size) < kept.filled, kept.order, -1)
+        info = Info(rounds=jnp.full((), len(numbers), jnp.int32))
+        return head.pairs(indices, jnp.log(kept.weights)), info

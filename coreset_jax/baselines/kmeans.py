@@ -1,19 +1,17 @@
 """Clusters of keys, each behind its mean: the idea of SubGen, with k-means for its clustering."""
 
-import dataclasses
-import functools
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from coreset_jax import validation
-from coreset_jax.attention import accumulation_dtype
-from coreset_jax.coreset import Compressor, Coreset, gather, over_heads, whole_cache
+from coreset_jax._src.core.compressor import Compressor
+from coreset_jax._src.core.coreset import Coreset, gather
+from coreset_jax._src.core.head import Head
+from coreset_jax._src.core.info import Info
+from coreset_jax._src.precision import matmul
 
-# Distances that are held at a time, over all heads.
-_DISTANCES = 2**24
+# Distances of one head that are held at a time.
+_DISTANCES = 2**21
 
 
 def _seeds(
@@ -57,7 +55,7 @@ def _nearest(
     halves = jnp.sum(jnp.square(centers), axis=-1) / 2
 
     def nearest(point: Float[Array, " d"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
-        products = jnp.matmul(centers, point, precision=jax.lax.Precision.HIGHEST)
+        products = matmul(centers, point)
         distances = halves - products
         return jnp.argmin(distances).astype(jnp.int32), jnp.min(distances)
 
@@ -101,20 +99,12 @@ def lloyd_step(
     return jnp.where(empty[:, None], points[far[jnp.cumsum(empty) - 1]], means)
 
 
-def _cluster_head(
-    rng: Array,
-    keys: Float[Array, "n d"],
-    values: Float[Array, "n dv"],
-    length: Int[Array, ""],
-    *,
-    size: int,
-    iterations: int,
-    block_size: int,
-) -> Coreset:
+def cluster(head: Head, *, size: int, iterations: int) -> Coreset:
     """The means of the clusters of one head, in the order of the keys nearest to them."""
-    dtype = accumulation_dtype(keys, values)
+    block_size = min(max(_DISTANCES // size, 1), head.count)
+    keys, values, inside, dtype = head.keys, head.values, head.inside, head.dtype
+    length = head.length
     positions = jnp.zeros_like(keys[:, 0], jnp.int32) + jnp.arange(keys.shape[0], dtype=jnp.int32)
-    inside = positions < length
     rows = jnp.concatenate([keys.astype(dtype), values.astype(dtype)], axis=-1)
     rows = jnp.where(inside[:, None], rows, 0)
     width = keys.shape[-1]
@@ -122,7 +112,7 @@ def _cluster_head(
     center = jnp.sum(rows[:, :width], axis=0) / length.astype(dtype)
     points = jnp.where(inside[:, None], rows[:, :width] - center[None], 0)
 
-    centers = _seeds(rng, points, inside, size)
+    centers = _seeds(head.key, points, inside, size)
     centers, _ = jax.lax.scan(
         lambda centers, _: (lloyd_step(points, centers, inside, block_size=block_size), None),
         centers,
@@ -154,50 +144,7 @@ def _cluster_head(
     return jax.tree.map(lambda few, many: jnp.where(length <= size, few, many), kept, clustered)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "iterations"))
-def _cluster(
-    rng: Array,
-    keys: Float[Array, "*heads n d"],
-    values: Float[Array, "*heads n dv"],
-    lengths: Int[Array, "*heads"] | None,
-    *,
-    size: int,
-    iterations: int,
-) -> Coreset:
-    heads = max(math.prod(keys.shape[:-2]), 1)
-    cluster_head = functools.partial(
-        _cluster_head,
-        size=size,
-        iterations=iterations,
-        block_size=min(max(_DISTANCES // (heads * size), 1), keys.shape[-2]),
-    )
-    return over_heads(cluster_head, rng, keys, values, lengths)
-
-
-@dataclasses.dataclass(frozen=True)
-class _KMeans:
-    iterations: int
-
-    def __call__(
-        self,
-        rng: Array,
-        keys: Float[Array, "*heads n d"],
-        values: Float[Array, "*heads n dv"],
-        *,
-        size: int,
-        lengths: Int[Array, "*heads"] | None = None,
-        queries: Float[Array, "*heads q d"] | None = None,
-    ) -> Coreset:
-        del queries
-        validation.check_cache(keys, values)
-        validation.check_size(size)
-        validation.check_lengths(lengths, keys)
-        if size >= keys.shape[-2]:
-            return whole_cache(keys, values, lengths)
-        return _cluster(rng, keys, values, lengths, size=int(size), iterations=self.iterations)
-
-
-def kmeans(iterations: int = 10) -> Compressor:
+class kmeans(Compressor):  # noqa: N801
     r"""Replaces the cache by clusters of its keys: mean key, mean value, and how many they are.
 
     .. math::
@@ -218,15 +165,9 @@ def kmeans(iterations: int = 10) -> Compressor:
       iterations: Lloyd's steps, 0 or more. Each takes ``n * size * d`` multiplications a head, as
         do the draws, one after another.
 
-    Returns:
-      A :class:`~coreset_jax.coreset.Compressor` ``(rng, keys [..., n, d], values [..., n, dv], *,
-      size, lengths=None, queries=None) -> Coreset``. It is query-free (``queries`` are ignored).
-      Keys and values are **not** those of the source, but means in its dtypes; ``indices`` name
-      the pair nearest to each center. Log-weights are float32 or wider and sum to the length.
-      Where keys repeat there may be fewer clusters than ``size``, and slots stay empty. A head no
-      longer than ``size`` is kept whole, and ``size >= n`` returns the cache itself. The call
-      raises ``ValueError`` if shapes do not fit, if ``size`` is not a positive integer or if
-      ``lengths`` lie outside ``1..n``.
+    A compressor; see :class:`coreset_jax.Compressor`. Keys and values are **not** those of
+    the source, but means in its dtypes; ``indices`` name the pair nearest to each center. Weights sum
+    to the length. Where keys repeat there may be fewer clusters than ``size``, and slots stay empty.
 
     Raises:
       ValueError: if ``iterations`` is not a static integer of at least 0.
@@ -242,5 +183,19 @@ def kmeans(iterations: int = 10) -> Compressor:
     >>> print(jnp.exp(coreset.log_weights).sum().round(3))
     128.0
     """
-    validation.check_count("iterations", iterations, least=0)
-    return _KMeans(int(iterations))
+
+    iterations: int = 10
+    keeps_pairs = False
+    fills_slots = False
+
+    def validate(self) -> None:
+        """Raises ``ValueError`` on bad static options."""
+        self.static_count("iterations", 0)
+
+    def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
+        """Clusters the keys."""
+        return cluster(head, size=size, iterations=self.iterations), Info()
+
+    def workspace(self, count: int, size: int, width: int) -> int:
+        """Distances of a block of points to all centers, and the rows in the dtype of sums."""
+        return min(_DISTANCES, count * size) + 3 * count * width

@@ -1,43 +1,15 @@
-"""SnapKV: what the last queries of a prompt attend to, and the neighbours of it."""
-
-import dataclasses
+"""SnapKV: what the last queries of a prompt attend to, and the neighbors of it."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from coreset_jax import validation
-from coreset_jax.baselines.scores import Head, keep_largest, mean_attention
-from coreset_jax.coreset import Compressor
+from coreset_jax._src.core.head import Head
+from coreset_jax._src.queries.scores import mean_attention
+from coreset_jax.baselines.scores import KeepAttended
 
 
-@dataclasses.dataclass(frozen=True)
-class _PooledAttention:
-    window: int
-    kernel_size: int
-    scale: float | None
-
-    def __call__(self, head: Head, *, size: int, block_size: int) -> Float[Array, " n"]:
-        assert head.queries is not None
-        observed = head.queries[:, -self.window :].reshape(-1, head.queries.shape[-1])
-        scores = mean_attention(head, observed, scale=self.scale, block_size=block_size)
-        first_recent = head.length - min(self.window, size)
-        recent = jnp.arange(scores.shape[0]) >= first_recent
-        # The window and padding have no part in the votes, nor in the pools of their neighbours.
-        pooled = jax.lax.reduce_window(
-            jnp.where(recent, -jnp.inf, scores),
-            -jnp.inf,
-            jax.lax.max,
-            (self.kernel_size,),
-            (1,),
-            "SAME",
-        )
-        return jnp.where(recent, jnp.inf, pooled)
-
-
-def snapkv(
-    window: int = 32, kernel_size: int = 7, groups: int = 1, scale: float | None = None
-) -> Compressor:
+class snapkv(KeepAttended):  # noqa: N801
     r"""Keeps a window of recent pairs, and what the window's queries attend to before it.
 
     .. math::
@@ -61,14 +33,7 @@ def snapkv(
         the last ``window`` of each are observed; their votes are added.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
 
-    Returns:
-      A :class:`~coreset_jax.coreset.Compressor` ``(rng, keys [..., n, d], values [..., n, dv], *,
-      size, lengths=None, queries=None) -> Coreset``. It is query-informed: ``queries [..., q, d]``
-      are raw queries with the leading axes of keys, in their order. It draws nothing. Log-weights
-      are 0, float32 or wider, and NaN in a head whose queries hold a NaN or an infinity. A head no
-      longer than ``size`` is kept whole, and ``size >= n`` returns the cache itself. The call
-      raises ``ValueError`` without ``queries``, if they do not divide into groups, if shapes do not
-      fit, if ``size`` is not a positive integer or if ``lengths`` lie outside ``1..n``.
+    A compressor; see :class:`coreset_jax.Compressor`. It is query-informed and draws nothing.
 
     Raises:
       ValueError: if a count is not a static positive integer, ``kernel_size`` is even, or
@@ -85,9 +50,30 @@ def snapkv(
     >>> print(coreset.indices[-4:])
     [124 125 126 127]
     """
-    for name, count in (("window", window), ("kernel_size", kernel_size), ("groups", groups)):
-        validation.check_count(name, count)
-    if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd, got {kernel_size}.")
-    scale = validation.static_float("scale", scale)
-    return keep_largest(_PooledAttention(int(window), int(kernel_size), scale), groups=int(groups))
+
+    window: int = 32
+    kernel_size: int = 7
+
+    def validate(self) -> None:
+        """Raises ``ValueError`` on bad static options."""
+        super().validate()
+        self.static_count("window")
+        self.static_count("kernel_size")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}.")
+
+    def score(self, head: Head, size: int) -> Float[Array, " n"]:
+        """Pooled attention of the window, and more than any for the window itself."""
+        observed = self.grouped(head)[:, -self.window :].reshape(-1, head.keys.shape[-1])
+        scores = mean_attention(head, observed)
+        recent = jnp.arange(head.count) >= head.length - min(self.window, size)
+        # The window and padding have no part in the votes, nor in the pools of their neighbors.
+        pooled = jax.lax.reduce_window(
+            jnp.where(recent, -jnp.inf, scores),
+            -jnp.inf,
+            jax.lax.max,
+            (self.kernel_size,),
+            (1,),
+            "SAME",
+        )
+        return jnp.where(recent, jnp.inf, pooled)

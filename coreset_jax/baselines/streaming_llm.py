@@ -1,30 +1,13 @@
 """StreamingLLM: attention sinks and a window of recent pairs."""
 
-import dataclasses
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from coreset_jax import validation
-from coreset_jax.attention import accumulation_dtype
-from coreset_jax.baselines.scores import Head, keep_largest
-from coreset_jax.coreset import Compressor
+from coreset_jax._src.core.head import Head
+from coreset_jax.baselines.scores import KeepLargest
 
 
-@dataclasses.dataclass(frozen=True)
-class _Position:
-    sinks: int
-
-    def __call__(self, head: Head, *, size: int, block_size: int) -> Float[Array, " n"]:
-        del size, block_size
-        dtype = accumulation_dtype(head.keys)
-        positions = jnp.zeros_like(head.keys[:, 0], dtype) + jnp.arange(head.keys.shape[0]).astype(
-            dtype
-        )
-        return jnp.where(positions < self.sinks, jnp.inf, positions)
-
-
-def streaming_llm(sinks: int = 4) -> Compressor:
+class streaming_llm(KeepLargest):  # noqa: N801
     r"""Keeps the first few pairs and the newest ones, whatever they hold.
 
     .. math:: S = \{1, \dots, s\} \cup \{n - (m - s) + 1, \dots, n\}, \qquad w_i = 1
@@ -37,13 +20,7 @@ def streaming_llm(sinks: int = 4) -> Compressor:
       sinks: :math:`s`, pairs kept at the front, 0 or more. Where ``size`` is smaller, the first
         ``size`` pairs are all that is kept.
 
-    Returns:
-      A :class:`~coreset_jax.coreset.Compressor` ``(rng, keys [..., n, d], values [..., n, dv], *,
-      size, lengths=None, queries=None) -> Coreset``. It is query-free (``queries`` are ignored)
-      and draws nothing. Log-weights are 0, float32 or wider. A head no longer than ``size`` is
-      kept whole, and ``size >= n`` returns the cache itself. The call raises ``ValueError`` if
-      shapes do not fit, if ``size`` is not a positive integer or if ``lengths`` lie outside
-      ``1..n``.
+    A compressor; see :class:`coreset_jax.Compressor`. It looks at no query and draws nothing.
 
     Raises:
       ValueError: if ``sinks`` is not a static integer of at least 0.
@@ -58,5 +35,15 @@ def streaming_llm(sinks: int = 4) -> Compressor:
     >>> print(coreset.indices)
     [  0   1   2   3 124 125 126 127]
     """
-    validation.check_count("sinks", sinks, least=0)
-    return keep_largest(_Position(int(sinks)), groups=None)
+
+    sinks: int = 4
+
+    def validate(self) -> None:
+        """Raises ``ValueError`` on bad static options."""
+        self.static_count("sinks", 0)
+
+    def score(self, head: Head, size: int) -> Float[Array, " n"]:
+        """The position, and more than any for sinks."""
+        del size
+        positions = jnp.arange(head.count).astype(head.dtype)
+        return jnp.where(positions < self.sinks, jnp.inf, positions)

@@ -1,26 +1,13 @@
 """The pairs that sample queries attend to most: the plainest of the query-informed methods."""
 
-import dataclasses
-
 from jaxtyping import Array, Float
 
-from coreset_jax import validation
-from coreset_jax.baselines.scores import Head, keep_largest, mean_attention
-from coreset_jax.coreset import Compressor
+from coreset_jax._src.core.head import Head
+from coreset_jax._src.queries.scores import mean_attention
+from coreset_jax.baselines.scores import KeepAttended
 
 
-@dataclasses.dataclass(frozen=True)
-class _MeanAttention:
-    scale: float | None
-
-    def __call__(self, head: Head, *, size: int, block_size: int) -> Float[Array, " n"]:
-        del size
-        assert head.queries is not None
-        samples = head.queries.reshape(-1, head.queries.shape[-1])
-        return mean_attention(head, samples, scale=self.scale, block_size=block_size)
-
-
-def top_attention(scale: float | None = None) -> Compressor:
+class top_attention(KeepAttended):  # noqa: N801
     r"""Keeps the pairs with the largest mean attention weight over sample queries.
 
     .. math::
@@ -35,14 +22,7 @@ def top_attention(scale: float | None = None) -> Compressor:
     Args:
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
 
-    Returns:
-      A :class:`~coreset_jax.coreset.Compressor` ``(rng, keys [..., n, d], values [..., n, dv], *,
-      size, lengths=None, queries=None) -> Coreset``. It is query-informed: ``queries [..., q, d]``
-      are raw queries with the leading axes of keys, those of a group one after another. It draws
-      nothing. Log-weights are 0, float32 or wider, and NaN in a head whose queries hold a NaN or
-      an infinity. A head no longer than ``size`` is kept whole, and ``size >= n`` returns the
-      cache itself. The call raises ``ValueError`` without ``queries``, if shapes do not fit, if
-      ``size`` is not a positive integer or if ``lengths`` lie outside ``1..n``.
+    A compressor; see :class:`coreset_jax.Compressor`. It is query-informed and draws nothing.
 
     Raises:
       ValueError: if ``scale`` is not a static positive number.
@@ -58,4 +38,9 @@ def top_attention(scale: float | None = None) -> Compressor:
     >>> coreset.keys.shape
     (32, 16)
     """
-    return keep_largest(_MeanAttention(validation.static_float("scale", scale)), groups=1)
+
+    def score(self, head: Head, size: int) -> Float[Array, " n"]:
+        """Mean attention."""
+        del size
+        assert head.queries is not None
+        return mean_attention(head, head.queries)

@@ -3,34 +3,24 @@ r"""WildCat: pivots of a randomly pivoted Cholesky factor, with Nyström values 
 Schröder, Mackey, *WildCat: Near-Linear Attention in Theory and Practice*, 2026, arXiv 2602.10056.
 """
 
-import dataclasses
-import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from coreset_jax import validation
-from coreset_jax.attention import accumulation_dtype, default_scale
-from coreset_jax.coreset import Compressor, Coreset, gather, over_heads, whole_cache
-
-HIGHEST = jax.lax.Precision.HIGHEST
+from coreset_jax._src.core.compressor import Compressor, leaf
+from coreset_jax._src.core.coreset import SignedCoreset
+from coreset_jax._src.core.head import Head
+from coreset_jax._src.core.info import Info
+from coreset_jax._src.precision import matmul
 
 # Residuals below so many roundings are rounding: times e^|z|^2 they would be picked again, and a
 # factor that divides by them explodes.
 _ROUNDINGS = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options of :func:`wildcat`, hashable so that they can be static under ``jax.jit``."""
-
-    bins: int = 1
-    temperature: float = math.sqrt(3.94582)
-    scale: float | None = None
 
 
 class Pivots(NamedTuple):
@@ -69,7 +59,7 @@ def _bin_pivots(
         pivot = jnp.argmax(jnp.where(free, scores + draws, -jnp.inf)).astype(jnp.int32)
         left = residuals[pivot]
         distances = jnp.sum(jnp.square(keys - keys[pivot][None]), axis=-1)
-        row = jnp.exp(-distances / 2) - jnp.matmul(factor[:, pivot], factor, precision=HIGHEST)
+        row = jnp.exp(-distances / 2) - matmul(factor[:, pivot], factor)
         row = row / jnp.sqrt(jnp.where(left > 0, left, 1))
         # Where nothing is left, further pivots are idle: a row of zeros.
         row = jnp.where(inside & (left > 0), row, 0)
@@ -100,12 +90,12 @@ def _bin_pivots(
     exponents = squares / 2
     top = jnp.max(jnp.where(others, exponents, -jnp.inf))
     lifted = jnp.where(others, jnp.exp(exponents - top), 0)[:, None] * columns
-    right = jnp.matmul(factor, lifted, precision=HIGHEST)
+    right = matmul(factor, lifted)
 
     # By hand, a row at a time, like the factor itself: a solver of LAPACK's does not shard.
     def substitute(step: Array, solved: Array) -> Array:
         index = count - 1 - step
-        known = jnp.matmul(corner[index], solved, precision=HIGHEST)
+        known = matmul(corner[index], solved)
         each = (right[index] - known) / jnp.where(active[index], corner[index, index], 1)
         return solved.at[index].set(jnp.where(active[index], each, 0))
 
@@ -123,7 +113,9 @@ def pivots(
     length: Int[Array, ""] | int,
     *,
     size: int,
-    options: Options,
+    scale: ArrayLike,
+    bins: int,
+    temperature: float,
 ) -> Pivots:
     """Pivots of one head and what stands behind them, as a pure function of the random numbers.
 
@@ -133,17 +125,18 @@ def pivots(
       uniforms: gives the numbers from ``(0, 1)`` of a step in a bin, ``[ceil(n / bins)]``.
       length: valid pairs, at the front; at least ``size``.
       size: pivots, static, a multiple of the bins.
-      options: what :func:`wildcat` was told, static.
+      scale: the softmax scale.
+      bins: parts of the cache that are treated apart, static.
+      temperature: what keys are divided by.
 
     Returns:
       The pivots.
     """
-    count, bins = keys.shape[0], options.bins
+    count = keys.shape[0]
     width = -(-count // bins)
-    scale = default_scale(keys.shape[-1]) if options.scale is None else options.scale
     inside = jnp.arange(count) < length
     values = jnp.where(inside[:, None], values, 0)
-    keys = jnp.where(inside[:, None], keys, 0) * (math.sqrt(scale) / options.temperature)
+    keys = jnp.where(inside[:, None], keys, 0) * (jnp.sqrt(scale) / temperature)
     center = jnp.sum(keys, axis=0, keepdims=True) / jnp.asarray(length, keys.dtype)
     keys = jnp.where(inside[:, None], keys - center, 0)
     columns = jnp.concatenate([values, jnp.ones_like(values[:, :1])], axis=-1)
@@ -174,90 +167,10 @@ def pivots(
     return Pivots(order.reshape(size).astype(jnp.int32), solved[:, :-1], solved[:, -1])
 
 
-def _compress_head(
-    rng: Array,
-    keys: Float[Array, "n d"],
-    values: Float[Array, "n dv"],
-    length: Int[Array, ""],
-    *,
-    size: int,
-    options: Options,
-) -> Coreset:
-    count = keys.shape[0]
-    dtype = accumulation_dtype(keys, values)
-    width = -(-count // options.bins)
-    tiny = float(jnp.finfo(dtype).tiny)
-
-    def uniforms(step: Array, number: Array) -> Array:
-        each = jax.random.fold_in(jax.random.fold_in(rng, number), step)
-        return jax.random.uniform(each, (width,), dtype, minval=tiny)
-
-    found = pivots(
-        keys.astype(dtype), values.astype(dtype), uniforms, length, size=size, options=options
-    )
-    # A head no longer than this is kept whole, whatever its pivots are.
-    whole = length <= size
-    slots = jnp.arange(size, dtype=jnp.int32)
-    order = jnp.where(whole, jnp.where(slots < length, slots, count), found.order)
-    mean_weight = jnp.where(whole, 1, length.astype(dtype) / size)
-    indices, places = jax.lax.sort((order, slots), num_keys=1)
-    indices = jnp.where(indices < count, indices, -1)
-    coreset = gather(keys, values, indices, jnp.full((size,), jnp.log(mean_weight)))
-    fitted = jnp.take(found.values, places, axis=0) / mean_weight
-    weights = jnp.take(found.weights, places) / mean_weight
-    return coreset._replace(
-        values=jnp.where(whole, coreset.values, fitted.astype(values.dtype)),
-        normalizers=jnp.where(whole, jnp.ones_like(weights), weights),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("size", "options"))
-def _compress(
-    rng: Array,
-    keys: Float[Array, "*heads n d"],
-    values: Float[Array, "*heads n dv"],
-    lengths: Int[Array, "*heads"] | None,
-    *,
-    size: int,
-    options: Options,
-) -> Coreset:
-    compress_head = functools.partial(_compress_head, size=size, options=options)
-    return over_heads(compress_head, rng, keys, values, lengths)
-
-
-@dataclasses.dataclass(frozen=True)
-class _WildCat:
-    options: Options
-
-    def __call__(
-        self,
-        rng: Array,
-        keys: Float[Array, "*heads n d"],
-        values: Float[Array, "*heads n dv"],
-        *,
-        size: int,
-        lengths: Int[Array, "*heads"] | None = None,
-        queries: Float[Array, "*heads q d"] | None = None,
-    ) -> Coreset:
-        del queries
-        validation.check_cache(keys, values)
-        validation.check_size(size)
-        validation.check_lengths(lengths, keys)
-        if size >= keys.shape[-2]:
-            return whole_cache(keys, values, lengths)
-        if size % self.options.bins:
-            raise ValueError(
-                f"size must be a multiple of bins; got size {size} and bins {self.options.bins}."
-            )
-        return _compress(rng, keys, values, lengths, size=int(size), options=self.options)
-
-
-def wildcat(
-    bins: int = 1, temperature: float = math.sqrt(3.94582), scale: float | None = None
-) -> Compressor:
+class wildcat(Compressor):  # noqa: N801
     r"""WildCat: randomly pivoted Cholesky for the keys, Nyström for what stands behind them.
 
-    Keys are centred, :math:`z = \sqrt{\mathrm{scale}}\,(k - \bar k)/\tau`, and the kernel is
+    Keys are centered, :math:`z = \sqrt{\mathrm{scale}}\,(k - \bar k)/\tau`, and the kernel is
     :math:`G_{ij} = e^{-\|z_i - z_j\|^2/2}`. Pivots :math:`S` are drawn one after another,
 
     .. math::
@@ -282,21 +195,15 @@ def wildcat(
     picked, what the shorter ones add is lost to the range of float32.
 
     Args:
-      bins: consecutive stretches of the cache that are treated apart, each with ``size / bins``
+      bins: consecutive parts of the cache that are treated apart, each with ``size / bins``
         pivots. Time and memory are divided by it.
       temperature: :math:`\tau`; the authors' rule for keys and queries of one size is the default.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
 
-    Returns:
-      A :class:`~coreset_jax.coreset.Compressor` ``(rng, keys [..., n, d], values [..., n, dv], *,
-      size, lengths=None, queries=None) -> Coreset``. Keys and values are float arrays of any
-      width; keys are bit-identical to the source, values are not; factor, log-weights and
-      normalizers are float32 or wider. It looks at no query, and ``queries`` are ignored.
-      ``size >= n`` returns the cache itself. Time is :math:`O(n m^2 / \mathrm{bins}^2)` a head in
-      ``m / bins`` sequential steps, twice; memory beside the cache is a float32 copy of it and a
-      factor of ``n * m / bins`` numbers. The call raises ``ValueError`` if shapes do not fit, if
-      ``size`` is not a positive integer or no multiple of ``bins``, or if ``lengths`` lie outside
-      ``1..n``.
+    A compressor; see :class:`coreset_jax.Compressor`. It returns a
+    :class:`SignedCoreset`, looks at no query, and wants a ``size`` that is a multiple of ``bins``. Time
+    is :math:`O(n m^2 / \mathrm{bins}^2)` a head in ``m / bins`` sequential steps, twice; memory beside
+    the cache is a float32 copy of it and a factor of ``n * m / bins`` numbers.
 
     Raises:
       ValueError: if an option is not a static positive number.
@@ -314,11 +221,66 @@ def wildcat(
     >>> cj.attend(keys[:, :3], coreset).shape
     (4, 3, 16)
     """
-    validation.check_count("bins", bins)
-    return _WildCat(
-        Options(
-            bins=int(bins),
-            temperature=validation.static_float("temperature", temperature),
-            scale=validation.static_float("scale", scale),
+
+    bins: int = 1
+    temperature: float = math.sqrt(3.94582)
+    scale: ArrayLike | None = leaf(None)
+    keeps_pairs = False
+    signed: ClassVar[bool] = True
+
+    def validate(self) -> None:
+        """Raises ``ValueError`` on bad static options."""
+        self.static_count("bins")
+        self.static_float("temperature")
+
+    def check_call(self, keys: Any, size: int, queries: Any) -> None:
+        """Raises ``ValueError`` unless every bin can have as many pivots."""
+        super().check_call(keys, size, queries)
+        if size < keys.shape[-2] and size % self.bins:
+            raise ValueError(
+                f"size must be a multiple of bins; got size {size} and bins {self.bins}."
+            )
+
+    def on_head(self, head: Head, size: int) -> tuple[Any, Info]:
+        """The signed coreset of one head; a whole cache has normalizers of one."""
+        if size < head.count:
+            return super().on_head(head, size)
+        whole = head.whole()
+        return SignedCoreset(*whole, jnp.ones_like(whole.log_weights)), Info()
+
+    def compress_head(self, head: Head, size: int) -> tuple[Any, Info]:
+        """Draws the pivots, and weighs what stands for the head behind them."""
+        count, length, dtype = head.count, head.length, head.dtype
+        width = -(-count // self.bins)
+        tiny = float(jnp.finfo(dtype).tiny)
+
+        def uniforms(step: Array, number: Array) -> Array:
+            each = jax.random.fold_in(jax.random.fold_in(head.key, number), step)
+            return jax.random.uniform(each, (width,), dtype, minval=tiny)
+
+        found = pivots(
+            head.keys.astype(dtype),
+            head.values.astype(dtype),
+            uniforms,
+            length,
+            size=size,
+            scale=head.scale,
+            bins=self.bins,
+            temperature=self.temperature,
         )
-    )
+        # A head no longer than this is kept whole, whatever its pivots are.
+        whole = length <= size
+        slots = jnp.arange(size, dtype=jnp.int32)
+        order = jnp.where(whole, jnp.where(slots < length, slots, count), found.order)
+        mean_weight = jnp.where(whole, 1, length.astype(dtype) / size)
+        indices, places = jax.lax.sort((order, slots), num_keys=1)
+        coreset = head.pairs(indices, jnp.full((size,), jnp.log(mean_weight)))
+        fitted = jnp.take(found.values, places, axis=0) / mean_weight
+        weights = jnp.take(found.weights, places) / mean_weight
+        values = jnp.where(whole, coreset.values, fitted.astype(coreset.values.dtype))
+        normalizers = jnp.where(whole, jnp.ones_like(weights), weights)
+        return SignedCoreset(*coreset._replace(values=values), normalizers), Info()
+
+    def workspace(self, count: int, size: int, width: int) -> int:
+        """The factors of all bins, and the cache in the dtype of sums."""
+        return count * (size // self.bins + 2 * width)

@@ -3,9 +3,11 @@
 With these, ``size`` is the mean budget of a head. What comes back has slots for the largest one,
 and heads that keep fewer pairs leave slots empty. No more than ``heads * size`` pairs are kept.
 
-- :func:`pyramid` gives early layers more than late ones;
-- :func:`adaptive` asks sample queries, and gives more to heads with more of the largest scores;
-- :func:`by_energy` asks nobody, and gives more to heads that are hard to compress.
+- :class:`pyramid` gives early layers more than late ones;
+- :class:`adaptive` asks sample queries, and gives more to heads with more of the largest scores;
+- :class:`by_energy` asks nobody, and gives more to heads that are hard to compress.
+
+They look at all heads at once: no wrapper that works on one head at a time can stand around them.
 """
 
 from coreset_jax.budgets.adaptive import adaptive

@@ -1,15 +1,16 @@
 """PyramidKV's split: budgets that fall linearly from layer to layer."""
 
-import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
-from coreset_jax import validation
-from coreset_jax.budgets.split import alike, check_compressor, check_multiple, resolve_axes
-from coreset_jax.coreset import Compressor, Coreset
+from coreset_jax._src.core.coreset import Coreset
+from coreset_jax._src.core.driver import Cache
+from coreset_jax._src.core.info import Info
+from coreset_jax.budgets.shared import Budget, alike
+from coreset_jax.budgets.split import check_axes, resolve_axes
 
 
 def layer_budgets(layers: int, size: int, count: int, beta: float) -> tuple[int, ...]:
@@ -47,56 +48,7 @@ def layer_budgets(layers: int, size: int, count: int, beta: float) -> tuple[int,
     return tuple(budgets)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pyramid:
-    compressor: Compressor
-    beta: float
-    axis: int
-
-    def __call__(
-        self,
-        rng: Array,
-        keys: Float[Array, "*heads n d"],
-        values: Float[Array, "*heads n dv"],
-        *,
-        size: int,
-        lengths: Int[Array, "*heads"] | None = None,
-        queries: Float[Array, "*heads q d"] | None = None,
-    ) -> Coreset:
-        validation.check_cache(keys, values)
-        validation.check_size(size)
-        validation.check_lengths(lengths, keys)
-        if queries is not None:
-            validation.check_queries(queries, keys)
-        (axis,) = resolve_axes("axis", (self.axis,), keys)
-        count, layers = keys.shape[-2], keys.shape[axis]
-        budgets = (size,) * layers
-        if size < count and layers:
-            budgets = layer_budgets(layers, int(size), count, self.beta)
-        if len(set(budgets)) < 2:
-            return self.compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)
-        parts, start = [], 0
-        for budget, equal in itertools.groupby(budgets):
-            stop = start + len(list(equal))
-
-            def some(array: Array, start: int = start, stop: int = stop) -> Array:
-                return jax.lax.slice_in_dim(jnp.asarray(array), start, stop, axis=axis)
-
-            part = self.compressor(
-                jax.random.fold_in(rng, start),
-                some(keys),
-                some(values),
-                size=budget,
-                lengths=None if lengths is None else some(lengths),
-                queries=None if queries is None else some(queries),
-            )
-            parts.append(part)
-            start = stop
-        together = alike(parts, max(budgets))
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=axis), *together)
-
-
-def pyramid(compressor: Compressor, *, beta: float = 20.0, axis: int = 0) -> Compressor:
+class pyramid(Budget):  # noqa: N801
     r"""Budgets that fall linearly from the first layer to the last, as in PyramidKV.
 
     .. math:: m_l = m_0 - (m_0 - m_{L-1}) \frac{l}{L - 1}, \qquad
@@ -104,12 +56,9 @@ def pyramid(compressor: Compressor, *, beta: float = 20.0, axis: int = 0) -> Com
 
     for the mean :math:`m` = ``size``. Early layers spread their attention, late ones draw it
     together. No layer has less than one pair, and where :math:`m_0` is more than the cache holds,
-    :math:`m_0 = n` and :math:`m_{L-1} = 2m - n`. Heads of a layer have the same budget.
-
-    The budgets depend on shapes alone. Layers of one size are compressed by one call, with
-    ``fold_in(rng, l)`` for the first of them: time is that of the compressor, and a program is
-    compiled for every size. Options of the compressor that are one a head do not fit a part of
-    the layers.
+    :math:`m_0 = n` and :math:`m_{L-1} = 2m - n`. Heads of a layer have the same budget, which
+    depends on shapes alone. Time is that of the compressor. Layers of one size are compressed
+    together, with ``fold_in(rng, l)`` for the first of them.
 
     Args:
       compressor: any compressor.
@@ -117,16 +66,12 @@ def pyramid(compressor: Compressor, *, beta: float = 20.0, axis: int = 0) -> Com
         result is that of the compressor.
       axis: the leading axis of keys that is the layers.
 
-    Returns:
-      A :class:`~coreset_jax.coreset.Compressor` ``(rng, keys [layers, ..., n, d], values
-      [layers, ..., n, dv], *, size, lengths=None, queries=None) -> Coreset``. It has the slots of
-      the first layer, :math:`m_0`; later layers leave some empty. Everything else is as the
-      compressor has it: ``queries`` and normalizers pass through, and ``size >= n`` returns what it
-      returns. The call raises ``ValueError`` if keys have no such axis, if ``queries`` do not fit,
-      and as the compressor does.
+    A compressor; see :class:`coreset_jax.Compressor`. Its coresets have the slots of the first
+    layer, :math:`m_0`; later layers leave some empty. ``size >= n`` returns what the compressor
+    returns.
 
     Raises:
-      ValueError: if ``compressor`` cannot be called, ``beta`` is below 1 or ``axis`` no integer.
+      ValueError: on bad options; when called, if keys have no such axis.
 
     References:
       Cai et al., *PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information
@@ -141,7 +86,42 @@ def pyramid(compressor: Compressor, *, beta: float = 20.0, axis: int = 0) -> Com
     >>> print((coreset.indices >= 0).sum(axis=-1)[:, 0])
     [125  85  43   3]
     """
-    check_compressor(compressor)
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise ValueError(f"axis must be a static Python int, got {axis!r}.")
-    return _Pyramid(compressor, check_multiple("beta", beta), axis)
+
+    beta: float = 20.0
+    axis: int = 0
+
+    def validate(self) -> None:
+        """Raises ``ValueError`` on bad static options."""
+        self.static_bounded("beta", least=1.0)
+        check_axes("axis", (self.axis,))
+
+    def sizes(self, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+        """The budgets of the layers, one after another."""
+        (axis,) = resolve_axes("axis", (self.axis,), shape[:-2])
+        if size >= shape[-2] or not shape[axis]:
+            return (size,)
+        return layer_budgets(shape[axis], size, shape[-2], self.beta)
+
+    def on_heads(self, cache: Cache, size: int) -> tuple[Coreset, Info]:
+        """Compresses layers of one size together, and puts them on one another."""
+        budgets = self.sizes(cache.keys.shape, size)
+        if len(set(budgets)) == 1:
+            return self.at_size(cache, size)
+        (axis,) = resolve_axes("axis", (self.axis,), cache.keys.shape[:-2])
+        parts, start = [], 0
+        for budget, equal in itertools.groupby(budgets):
+            stop = start + len(list(equal))
+
+            def some(array: Array, start: int = start, stop: int = stop) -> Array:
+                # Options that are one number for all heads have no layers.
+                return jax.lax.slice_in_dim(array, start, stop, axis=axis) if array.ndim else array
+
+            rng = jax.random.fold_in(cache.rng, start)
+            keys, values, lengths, queries = jax.tree.map(some, cache[1:5])
+            part = Cache(rng, keys, values, lengths, queries, cache.measured)
+            parts.append(jax.tree.map(some, self.compressor).on_heads(part, budget))
+            start = stop
+        layered: tuple[Coreset, Info] = jax.tree.map(
+            lambda *several: jnp.concatenate(several, axis=axis), *alike(parts, max(budgets))
+        )
+        return layered

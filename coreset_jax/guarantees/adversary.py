@@ -6,17 +6,28 @@ it reports is reached by a query that it names. Truth lies between this and a ce
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from coreset_jax import problem, validation
-from coreset_jax.attention import accumulation_dtype
-from coreset_jax.coreset import Coreset, attend, head_numbers, whole_cache
+from coreset_jax._src import checks
+from coreset_jax._src.core.coreset import (
+    Coreset,
+    SignedCoreset,
+    attend,
+    normalizers,
+    whole_cache,
+)
+from coreset_jax._src.core.driver import Cache
+from coreset_jax._src.core.turns import over_axes
+from coreset_jax._src.geometry.standardize import standardize
+from coreset_jax._src.precision import accumulation_dtype, inner_products, matmul
 from coreset_jax.guarantees.candidates import candidates, unit_vectors
+from coreset_jax.guarantees.checks import check_comparison
 
 # To screen a candidate costs half a step.
 _CANDIDATES_PER_START = 16
@@ -67,17 +78,21 @@ class _Ascent(NamedTuple):
     best_errors: Float[Array, " s"]
 
 
-def _sums(queries: Float[Array, "s d"], directions: Float[Array, "s dv"], pairs: Coreset) -> _Sums:
-    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    scores = dot(queries, pairs.keys.T) + pairs.log_weights
+def _sums(
+    queries: Float[Array, "s d"],
+    directions: Float[Array, "s dv"],
+    pairs: Coreset | SignedCoreset,
+) -> _Sums:
+    scores = inner_products(queries, pairs.keys) + pairs.log_weights
     maximum = jnp.max(scores, axis=-1)
     # A block of empty slots alone must give zeros, not the NaN of (-inf) - (-inf).
     shift = jnp.where(jnp.isneginf(maximum), jnp.zeros_like(maximum), maximum)
     masses = jnp.exp(scores - shift[:, None])
-    signed = masses if pairs.normalizers is None else masses * pairs.normalizers
-    gradients = dot(jnp.concatenate([signed, masses * dot(directions, pairs.values.T)]), pairs.keys)
+    signed = masses * normalizers(pairs)
+    along = masses * inner_products(directions, pairs.values)
+    gradients = matmul(jnp.concatenate([signed, along]), pairs.keys)
     total_gradient, output_gradient = jnp.split(gradients, 2)
-    output = dot(masses, pairs.values)
+    output = matmul(masses, pairs.values)
     return _Sums(maximum, jnp.sum(signed, axis=-1), output, total_gradient, output_gradient)
 
 
@@ -95,7 +110,7 @@ def _merge(left: _Sums, right: _Sums) -> _Sums:
 def _output_and_gradient(
     queries: Float[Array, "s d"],
     directions: Float[Array, "s dv"],
-    pairs: Coreset,
+    pairs: Coreset | SignedCoreset,
     block_size: int,
 ) -> tuple[Float[Array, "s dv"], Float[Array, "s d"]]:
     r"""Attention, and the gradient by the query of its component along a direction.
@@ -126,14 +141,14 @@ def _output_and_gradient(
     output = sums.output / total
     along = jnp.sum(output * directions, axis=-1, keepdims=True)
     gradient = (sums.output_gradient - along * sums.total_gradient) / total
-    # The denominator is positive at the centre, so the ball holds a query where it vanishes.
+    # The denominator is positive at the center, so the ball holds a query where it vanishes.
     return jnp.where(total > 0, output, jnp.full_like(output, jnp.inf)), gradient
 
 
 def _search_head(
     rng: Array,
     source: Coreset,
-    coreset: Coreset,
+    coreset: Coreset | SignedCoreset,
     rho: Float[Array, ""],
     learning_rate: Float[Array, ""],
     starts: int,
@@ -206,13 +221,9 @@ def _adversary(
     rng: Array,
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
-    coreset: Coreset,
-    rho: Float[Array, "*heads"] | float | None,
-    query_norm: Float[Array, "*heads"] | float | None,
-    queries: Float[Array, "*heads q d"] | None,
-    scale: float | None,
-    lengths: Int[Array, "*heads"] | None,
-    learning_rate: float,
+    coreset: Coreset | SignedCoreset,
+    ball: dict[str, Any],
+    learning_rate: ArrayLike,
     *,
     starts: int,
     steps: int,
@@ -220,77 +231,47 @@ def _adversary(
 ) -> Adversary:
     dtype = accumulation_dtype(keys, values, coreset.keys, coreset.values)
     keys, values = keys.astype(dtype), values.astype(dtype)
-    reduction = problem.reduce(
-        keys,
-        values,
-        rho=rho,
-        query_norm=query_norm,
-        queries=queries,
-        scale=scale,
-        lengths=lengths,
-    )
+    standardization = standardize(keys, values, **ball)
 
-    def unit(pairs: Coreset) -> Coreset:
-        values = pairs.values.astype(dtype)
-        normalizers = pairs.normalizers
-        if normalizers is None:
-            values = problem.unit_values(reduction, values)
-        else:
-            # Values of a refit are coefficients of the output, which a mean value enters times z.
-            normalizers = normalizers.astype(dtype)
-            values = values - normalizers[..., None] * reduction.value_center[..., None, :]
-            values = values / reduction.value_radius[..., None, None]
-        return Coreset(
-            problem.unit_keys(reduction, pairs.keys.astype(dtype)),
-            values,
-            pairs.log_weights.astype(dtype),
-            pairs.indices,
-            normalizers,
-        )
+    def standardized(pairs: Coreset | SignedCoreset) -> Any:
+        fields = pairs._asdict().items()
+        pairs = pairs._replace(**{k: v.astype(dtype) for k, v in fields if k != "indices"})
+        # Values of a signed coreset are coefficients of the output, which a mean value enters
+        # times the normalizer.
+        centers = normalizers(pairs)[..., None] * standardization.value_center[..., None, :]
+        unit_values = (pairs.values - centers) / standardization.value_radius[..., None, None]
+        return pairs._replace(keys=standardization.unit_keys(pairs.keys), values=unit_values)
 
-    def search(number: Array, source: Coreset, coreset: Coreset, rho: Array) -> tuple[Array, Array]:
+    def search(
+        number: Array, source: Coreset, coreset: Coreset | SignedCoreset, rho: Array
+    ) -> tuple[Array, Array]:
         head_rng = jax.random.fold_in(rng, number)
         rate = jnp.asarray(learning_rate, dtype)
         return _search_head(head_rng, source, coreset, rho, rate, starts, steps, block_size)
 
-    for _ in keys.shape[:-2]:
-        search = jax.vmap(search)
-    source = unit(whole_cache(keys, values, lengths))
-    errors, points = search(head_numbers(keys), source, unit(coreset), reduction.rho)
-    errors = errors * reduction.value_radius[..., None]
+    lengths = ball["lengths"]
+    source = standardized(whole_cache(keys, values, lengths))
+    numbers = Cache(rng, keys, values, lengths, None, measured=False).numbers
+    search = over_axes(search, keys.ndim - 2)
+    errors, points = search(numbers, source, standardized(coreset), standardization.rho)
+    errors = errors * standardization.value_radius[..., None]
     best = jnp.argmax(errors, axis=-1, keepdims=True)
     point = jnp.take_along_axis(points, best[..., None], axis=-2)
-    query = problem.restore_queries(reduction, reduction.rho[..., None, None] * point)
+    query = standardization.restore_queries(standardization.rho[..., None, None] * point)
     error = jnp.take_along_axis(errors, best, axis=-1)
-    return Adversary(error[..., 0], query[..., 0, :], errors, reduction.rho)
-
-
-def _check_coreset(coreset: Coreset, keys: Array, values: Array) -> None:
-    validation.check_cache(coreset.keys, coreset.values)
-    if (
-        coreset.keys.shape[:-2] != keys.shape[:-2]
-        or coreset.keys.shape[-1] != keys.shape[-1]
-        or coreset.values.shape[-1] != values.shape[-1]
-        or coreset.log_weights.shape != coreset.keys.shape[:-1]
-    ):
-        raise ValueError(
-            "coreset must have the leading axes and the widths of its source; "
-            f"got coreset keys {coreset.keys.shape}, values {coreset.values.shape} and "
-            f"log_weights {coreset.log_weights.shape} for keys {keys.shape} and "
-            f"values {values.shape}."
-        )
+    return Adversary(error[..., 0], query[..., 0, :], errors, standardization.rho)
 
 
 def adversary(
     rng: Array,
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
-    coreset: Coreset,
+    coreset: Coreset | SignedCoreset,
     *,
-    rho: Float[Array, "*heads"] | float | None = None,
-    query_norm: Float[Array, "*heads"] | float | None = None,
+    rho: ArrayLike | None = None,
+    query_norm: ArrayLike | None = None,
     queries: Float[Array, "*heads q d"] | None = None,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     lengths: Int[Array, "*heads"] | None = None,
     starts: int = 64,
     steps: int = 40,
@@ -306,14 +287,14 @@ def adversary(
     from below, by projected gradient ascent. Candidates (keys that the coreset weighs differently,
     chosen by what they can attract and at random, the singular vectors of the error's first
     degree, and random points) are screened, and the best climb. The ball has the raw query 0 at
-    its centre, whatever the mean of the keys.
+    its center, whatever the mean of the keys.
 
     Args:
       rng: a JAX random key; every head gets a fold of its own.
       keys: the source's keys ``[..., n, d]``.
       values: the source's values ``[..., n, dv]``.
-      coreset: what any compressor made of them, refitted ones included.
-      rho: radius of the unit queries, see :func:`coreset_jax.problem.reduce`.
+      coreset: what any compressor made of them, signed ones included.
+      rho: radius of the unit queries, see :func:`coreset_jax.geometry.standardize`.
       query_norm: or the radius of the raw queries. Each is a scalar or ``[...]``.
       queries: or sample raw queries ``[..., q, d]`` whose largest norm is the radius; with none
         of the three the radius of the raw queries is ``sqrt(d)``.
@@ -328,7 +309,7 @@ def adversary(
 
     Returns:
       The error, the query that reaches it, and the errors of all ascents. The error is infinite
-      if a query was met at which the denominator of a refitted coreset is not positive.
+      if a query was met at which the denominator of a signed coreset is not positive.
 
     Raises:
       ValueError: if shapes do not fit, a radius is not positive or named twice, or ``starts``,
@@ -340,7 +321,7 @@ def adversary(
 
     >>> import jax, coreset_jax as cj
     >>> keys, values = jax.random.normal(jax.random.key(0), (2, 512, 16))
-    >>> coreset = cj.compress(jax.random.key(1), keys, values, size=64, rho=1.0)
+    >>> coreset = cj.balanced(rho=1.0)(jax.random.key(1), keys, values, size=64)
     >>> worst = adversary(jax.random.key(2), keys, values, coreset, rho=1.0)
     >>> worst.query.shape, worst.errors.shape
     ((16,), (64,))
@@ -349,23 +330,23 @@ def adversary(
     >>> bool(abs(jax.numpy.linalg.norm(difference) - worst.error) < 1e-5)
     True
     """
-    validation.check_cache(keys, values)
-    validation.check_lengths(lengths, keys)
-    problem.check_radius(keys, rho, query_norm, queries, scale)
-    _check_coreset(coreset, keys, values)
+    ball: dict[str, Any] = {
+        "rho": rho,
+        "query_norm": query_norm,
+        "queries": queries,
+        "scale": scale,
+        "lengths": lengths,
+    }
+    check_comparison(keys, values, coreset, **ball)
     for name, count in (("starts", starts), ("steps", steps), ("block_size", block_size)):
-        validation.check_count(name, count)
-    validation.check_positive("learning_rate", learning_rate)
+        checks.check_count(name, count)
+    checks.check_positive("learning_rate", learning_rate)
     return _adversary(
         rng,
         keys,
         values,
         coreset,
-        rho,
-        query_norm,
-        queries,
-        scale,
-        lengths,
+        ball,
         learning_rate,
         starts=int(starts),
         steps=int(steps),

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from coreset_jax import problem
-from coreset_jax.coreset import Coreset
+from coreset_jax._src.core.coreset import Coreset, SignedCoreset, normalizers
+from coreset_jax._src.geometry.standardize import Standardization
 from coreset_jax.guarantees.degrees import Measure
 from coreset_jax.guarantees.norms import row_norms, unit_roundoff
 
@@ -30,13 +30,13 @@ class Atoms(NamedTuple):
 
 
 def holds_pairs_of(
-    coreset: Coreset,
+    coreset: Coreset | SignedCoreset,
     keys: Float[Array, "n d"],
     values: Float[Array, "n dv"],
     length: Int[Array, ""],
 ) -> Bool[Array, ""]:
     """Whether all pairs of a coreset are, bit by bit, distinct pairs of the source."""
-    if coreset.normalizers is not None:
+    if isinstance(coreset, SignedCoreset):
         return jnp.zeros_like(length, bool)
     indices, empty = coreset.indices, jnp.isneginf(coreset.log_weights)
     rows = jnp.clip(indices, 0, keys.shape[0] - 1)
@@ -47,21 +47,17 @@ def holds_pairs_of(
     return jnp.all(alike | empty) & jnp.all(ascending | empty[1:] | empty[:-1])
 
 
-def _weights(coreset: Coreset, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
+def _weights(coreset: Coreset | SignedCoreset, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
     """Weights, normalizers, and the relative error of a weight in unit roundoffs."""
     log_weights = coreset.log_weights.astype(dtype)
     heaviest = jnp.max(log_weights)
     logarithms = log_weights - jnp.where(jnp.isneginf(heaviest), 0, heaviest)
     weights, taken = jnp.exp(logarithms), log_weights > -jnp.inf
-    if coreset.normalizers is None:
-        normalizers = jnp.ones_like(weights)
-    else:
-        normalizers = coreset.normalizers.astype(dtype)
-    normalizers = jnp.where(taken, normalizers, jnp.zeros_like(weights))
+    signs = jnp.where(taken, normalizers(coreset).astype(dtype), jnp.zeros_like(weights))
     # Any common factor of the weights is as good as another: it cancels. The sum makes numerator
     # and denominator comparable with the source's.
-    total = jnp.sum(weights * normalizers)
-    absolute = jnp.sum(weights * jnp.abs(normalizers))
+    total = jnp.sum(weights * signs)
+    absolute = jnp.sum(weights * jnp.abs(signs))
     total = jnp.where(total > 0, total, jnp.where(absolute > 0, absolute, 1))
     # Attention works with logarithms, and reads what underflows here: such a weight is somewhere
     # between nothing and twice the least number.
@@ -69,14 +65,14 @@ def _weights(coreset: Coreset, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
     weights = jnp.where(taken, jnp.maximum(weights / total, least), 0)
     # Roundings of the logarithm, which the exponential magnifies, of itself, and of the quotient.
     errors = jnp.where(weights > least, 32 + 2 * jnp.abs(logarithms), 1 / unit_roundoff(dtype))
-    return weights, normalizers, jnp.where(taken, errors, 0)
+    return weights, signs, jnp.where(taken, errors, 0)
 
 
 def atoms_of(
     keys: Float[Array, "n d"],
     values: Float[Array, "n dv"],
-    coreset: Coreset,
-    reduction: problem.Reduction,
+    coreset: Coreset | SignedCoreset,
+    standardization: Standardization,
     length: Int[Array, ""],
     held: Bool[Array, ""],
     block_size: int,
@@ -87,43 +83,46 @@ def atoms_of(
     a kept pair is one atom instead, with the difference of both weights: fewer atoms, and no
     cancellation between them.
     """
-    dtype = reduction.rho.dtype
+    dtype = standardization.rho.dtype
     unit = unit_roundoff(dtype)
     inside = jnp.arange(keys.shape[0]) < length
-    weights, normalizers, weight_errors = _weights(coreset, dtype)
+    weights, signs, weight_errors = _weights(coreset, dtype)
     taken = weights > 0
 
     def shown(mask: Array, rows: Array) -> Array:
         # What is masked may hold anything: it is selected away, not multiplied by zero.
         return jnp.where(mask[:, None], rows, jnp.zeros_like(rows))
 
-    kept_keys = shown(taken, problem.unit_keys(reduction, coreset.keys.astype(dtype)))
-    # Values of a refit are coefficients of the output, which a mean value enters times z.
-    shift = normalizers[:, None] * reduction.value_center
-    kept_values = shown(taken, (coreset.values.astype(dtype) - shift) / reduction.value_radius)
+    kept_keys = shown(taken, standardization.unit_keys(coreset.keys))
+    # Values of a signed coreset are coefficients of the output, which a mean value enters times
+    # the normalizer.
+    shift = signs[:, None] * standardization.value_center
+    kept_values = shown(
+        taken, (coreset.values.astype(dtype) - shift) / standardization.value_radius
+    )
     kept_norms = row_norms(kept_values)
     # A difference of two numbers is exact but for its last rounding; a product in it is not.
     shift_errors = jnp.zeros_like(kept_norms)
-    if coreset.normalizers is not None:
-        shift_errors = 4 * unit * row_norms(shift) / reduction.value_radius
-    kept_masses = weights * normalizers
+    if isinstance(coreset, SignedCoreset):
+        shift_errors = 4 * unit * row_norms(shift) / standardization.value_radius
+    kept_masses = weights * signs
     mass_errors = unit * weight_errors * jnp.abs(kept_masses)
     vector_errors = weights * (unit * weight_errors * kept_norms + shift_errors)
     kept = Measure(
         kept_keys, weights[:, None] * kept_values, kept_masses, vector_errors, mass_errors
     )
-    ratios = (kept_norms + shift_errors) / jnp.where(taken, normalizers, 1)
-    convex = jnp.all((normalizers > 0) | ~taken) & jnp.any(taken)
+    ratios = (kept_norms + shift_errors) / jnp.where(taken, signs, 1)
+    convex = jnp.all((signs > 0) | ~taken) & jnp.any(taken)
 
     rows = jnp.where(held & taken, coreset.indices, keys.shape[0])
     masses = jnp.where(inside, 1 / length.astype(dtype), jnp.zeros_like(keys[:, 0], dtype))
     errors = jnp.zeros_like(masses).at[rows].add(mass_errors, mode="drop")
     masses = masses.at[rows].add(-kept_masses, mode="drop")
     errors += 4 * unit * jnp.abs(masses)
-    source_values = shown(inside, problem.unit_values(reduction, values.astype(dtype)))
+    source_values = shown(inside, standardization.unit_values(values))
     source_norms = row_norms(source_values)
     source = Measure(
-        shown(inside, problem.unit_keys(reduction, keys.astype(dtype))),
+        shown(inside, standardization.unit_keys(keys)),
         masses[:, None] * source_values,
         masses,
         source_norms * (errors + 8 * unit * jnp.abs(masses)),
@@ -138,7 +137,7 @@ def atoms_of(
         return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
 
     # Padding of the source is no part of it; everything of the coreset is read by attention.
-    numbers = [*reduction, coreset.keys, coreset.values, normalizers]
+    numbers = [*standardization, coreset.keys, coreset.values, signs]
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(array)) for array in numbers]))
     finite &= jnp.all(coreset.log_weights < jnp.inf)
     grow = 1 + 64 * unit

@@ -1,15 +1,15 @@
 """Queries that a coreset may answer badly: where a search for the worst one starts.
 
-Everything here is in the unit problem of :mod:`coreset_jax.problem`, of one head.
+Everything here is in the unit problem of :func:`coreset_jax.geometry.standardize`, of one head.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coreset_jax.attention import finish, partial_attention
-from coreset_jax.coreset import Coreset
-from coreset_jax.kernels import one_by_one
+from coreset_jax._src.attention import finish, partial_attention
+from coreset_jax._src.core.coreset import Coreset, SignedCoreset, normalizers
+from coreset_jax._src.geometry.solves import one_by_one
 
 # Pairs that stand for the whole source where a guess is all that is needed.
 _SAMPLE = 256
@@ -23,11 +23,10 @@ def unit_vectors(vectors: Float[Array, "s width"]) -> Float[Array, "s width"]:
     return jnp.where(usable, vectors / jnp.where(usable, norms, ones), jnp.zeros_like(vectors))
 
 
-def _imbalance(source: Coreset, coreset: Coreset) -> Float[Array, " n"]:
+def _imbalance(source: Coreset, coreset: Coreset | SignedCoreset) -> Float[Array, " n"]:
     r"""What the two sides disagree by at each source pair, :math:`y_i = 1/n - w_i / \sum w`."""
-    masses = jnp.exp(coreset.log_weights - jnp.max(coreset.log_weights))
-    if coreset.normalizers is not None:
-        masses = masses * coreset.normalizers
+    weights = jnp.exp(coreset.log_weights - jnp.max(coreset.log_weights))
+    masses = weights * normalizers(coreset)
     count = source.keys.shape[0]
     # An index of -1 would count from the end; one past the end is dropped.
     rows = jnp.where(coreset.indices < 0, count, coreset.indices)
@@ -68,13 +67,13 @@ def _peaks(
     return jax.lax.map(expected, jnp.arange(count), batch_size=min(block_size, count))
 
 
-def _jacobian(pairs: Coreset) -> Float[Array, "dv d"]:
+def _jacobian(pairs: Coreset | SignedCoreset) -> Float[Array, "dv d"]:
     """The derivative of attention by the query, where the query is 0."""
     weights = jnp.exp(pairs.log_weights - jnp.max(pairs.log_weights))
-    normalizers = jnp.ones_like(weights) if pairs.normalizers is None else pairs.normalizers
-    total = jnp.sum(weights * normalizers)
+    signs = normalizers(pairs)
+    total = jnp.sum(weights * signs)
     output = weights @ pairs.values / total
-    residuals = weights[:, None] * (pairs.values - normalizers[:, None] * output)
+    residuals = weights[:, None] * (pairs.values - signs[:, None] * output)
     return residuals.T @ pairs.keys / total
 
 
@@ -85,7 +84,7 @@ def _right_singular_vectors(matrix: Float[Array, "dv d"]) -> Float[Array, "vecto
 def candidates(
     rng: Array,
     source: Coreset,
-    coreset: Coreset,
+    coreset: Coreset | SignedCoreset,
     rho: Float[Array, ""],
     count: int,
     *,
@@ -121,7 +120,7 @@ def candidates(
     others = largest(jnp.log(jnp.abs(imbalance)) + gumbels, count // 8)
     others = unit_vectors(source.keys[others])
 
-    # At a small radius it is the right singular vector of the error's derivative at the centre.
+    # At a small radius it is the right singular vector of the error's derivative at the center.
     singular = one_by_one(_right_singular_vectors)(_jacobian(source) - _jacobian(coreset))
     singular = singular[: count // 8]
 

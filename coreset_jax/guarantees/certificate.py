@@ -6,26 +6,28 @@ as a pass of attention and asks nothing of the method that made the coreset.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from coreset_jax import problem, validation
-from coreset_jax.attention import accumulation_dtype
-from coreset_jax.coreset import Coreset
-from coreset_jax.guarantees.adversary import _check_coreset as check_coreset
+from coreset_jax._src import checks
+from coreset_jax._src.core.coreset import Coreset, SignedCoreset
+from coreset_jax._src.core.turns import over_axes
+from coreset_jax._src.geometry.standardize import Standardization, standardize
+from coreset_jax._src.precision import accumulation_dtype
 from coreset_jax.guarantees.atoms import Atoms, atoms_of, holds_pairs_of
-from coreset_jax.guarantees.degrees import CHUNK, Moments, bound_degrees, default_degrees
+from coreset_jax.guarantees.checks import check_comparison
+from coreset_jax.guarantees.degrees import TILE, Moments, bound_degrees, default_degrees
 from coreset_jax.guarantees.norms import row_norms, unit_roundoff
 
 
 class Certificate(NamedTuple):
     r"""An upper bound on the error of a coreset over a ball of queries, and what it is made of.
 
-    The difference :math:`E(q) - E_Z(q)\,(\mathrm{Attn}'(q) - \bar v)`, over the normalised
+    The difference :math:`E(q) - E_Z(q)\,(\mathrm{Attn}'(q) - \bar v)`, over the normalized
     denominator, is the error; :math:`E` and :math:`E_Z` are what source and coreset disagree by
     in numerator and denominator. ``error`` is at most
     ``(sum(numerator) + output * sum(denominator)) / minimum``.
@@ -38,7 +40,7 @@ class Certificate(NamedTuple):
         ``[..., degrees + 1]``, in the units of the values; the last entry is the tail.
       denominator: the same for the denominator's error ``[..., degrees + 1]``, no units.
       output: bound on the coreset's centered output ``[...]``, in the units of the values.
-      minimum: lower bound on the source's normalised denominator ``[...]``, about 1.
+      minimum: lower bound on the source's normalized denominator ``[...]``, about 1.
       rho: radius of the unit queries ``[...]``.
     """
 
@@ -97,8 +99,8 @@ def _error(
 def _certify_head(
     keys: Float[Array, "n d"],
     values: Float[Array, "n dv"],
-    coreset: Coreset,
-    reduction: problem.Reduction,
+    coreset: Coreset | SignedCoreset,
+    standardization: Standardization,
     length: Int[Array, ""],
     held: Bool[Array, ""],
     *,
@@ -107,10 +109,10 @@ def _certify_head(
     block_size: int,
 ) -> Certificate:
     """The certificate of one head."""
-    atoms = atoms_of(keys, values, coreset, reduction, length, held, block_size)
-    unit = unit_roundoff(reduction.rho.dtype)
+    atoms = atoms_of(keys, values, coreset, standardization, length, held, block_size)
+    unit = unit_roundoff(standardization.rho.dtype)
     # The radius is itself a product of rounded norms.
-    rho = reduction.rho * (1 + 2 * (keys.shape[-1] + 16) * unit)
+    rho = standardization.rho * (1 + 2 * (keys.shape[-1] + 16) * unit)
     bound = functools.partial(bound_degrees, degrees=degrees, block_size=block_size)
     difference = bound(atoms.difference, rho, blocks[0])
     kept = bound(atoms.coreset, rho, blocks[1])
@@ -144,13 +146,13 @@ def _certify_head(
         return jnp.where(atoms.finite, bound, jnp.nan)
 
     return Certificate(
-        error=shown(jnp.minimum(error, kernel), reduction.value_radius),
-        kernel=shown(kernel, reduction.value_radius),
-        numerator=shown(difference.numerator, reduction.value_radius),
+        error=shown(jnp.minimum(error, kernel), standardization.value_radius),
+        kernel=shown(kernel, standardization.value_radius),
+        numerator=shown(difference.numerator, standardization.value_radius),
         denominator=shown(difference.denominator, 1.0),
-        output=shown(output, reduction.value_radius),
+        output=shown(output, standardization.value_radius),
         minimum=jnp.where(atoms.finite, source_minimum, jnp.nan),
-        rho=reduction.rho,
+        rho=standardization.rho,
     )
 
 
@@ -158,51 +160,34 @@ def _certify_head(
 def _certificate(
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
-    coreset: Coreset,
-    rho: Float[Array, "*heads"] | float | None,
-    query_norm: Float[Array, "*heads"] | float | None,
-    queries: Float[Array, "*heads q d"] | None,
-    scale: float | None,
-    lengths: Int[Array, "*heads"] | None,
+    coreset: Coreset | SignedCoreset,
+    ball: dict[str, Any],
     *,
     degrees: int,
     block_size: int,
 ) -> Certificate:
     dtype = accumulation_dtype(keys, values, coreset.keys, coreset.values)
-    reduction = problem.reduce(
-        keys.astype(dtype),
-        values.astype(dtype),
-        rho=rho,
-        query_norm=query_norm,
-        queries=queries,
-        scale=scale,
-        lengths=lengths,
-    )
-    count, size = keys.shape[-2], coreset.keys.shape[-2]
+    standardization = standardize(keys.astype(dtype), values.astype(dtype), **ball)
+    count, size, axes = keys.shape[-2], coreset.keys.shape[-2], keys.ndim - 2
     counts = jnp.zeros_like(keys[..., 0, 0], jnp.int32)
-    counts += count if lengths is None else jnp.asarray(lengths).astype(jnp.int32)
-    holds = holds_pairs_of
-    for _ in keys.shape[:-2]:
-        holds = jax.vmap(holds)
-    held = holds(coreset, keys, values, counts)
+    counts += count if ball["lengths"] is None else ball["lengths"].astype(jnp.int32)
+    held = over_axes(holds_pairs_of, axes)(coreset, keys, values, counts)
     # One number for all heads, so that their loops stay one loop.
     atoms = jnp.where(jnp.all(held), count, count + size)
     blocks = -(-atoms // block_size), jnp.full_like(atoms, -(-size // block_size))
     head = functools.partial(_certify_head, blocks=blocks, degrees=degrees, block_size=block_size)
-    for _ in keys.shape[:-2]:
-        head = jax.vmap(head)
-    return head(keys, values, coreset, reduction, counts, held)
+    return over_axes(head, axes)(keys, values, coreset, standardization, counts, held)
 
 
 def certificate(
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
-    coreset: Coreset,
+    coreset: Coreset | SignedCoreset,
     *,
     rho: ArrayLike | None = None,
     query_norm: ArrayLike | None = None,
     queries: Float[Array, "*heads q d"] | None = None,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     lengths: Int[Array, "*heads"] | None = None,
     degrees: int | None = None,
     block_size: int = 512,
@@ -221,7 +206,7 @@ def certificate(
     coreset's own output too: where values have many directions it is far below the largest of
     them. The same split with source and coreset exchanged, and the distance of the values, are
     taken where they promise less. It holds for any weighted pairs, however they were found; a
-    refitted coreset needs a denominator that cannot vanish, and has no promise otherwise.
+    signed coreset needs a denominator that cannot vanish, and has no promise otherwise.
 
     The promise is about exact attention over the numbers given, and the arithmetic here is rounded
     upwards in all its sums. With ``u`` the unit roundoff of float32 the allowance is about
@@ -234,8 +219,8 @@ def certificate(
     Args:
       keys: the source's keys ``[..., n, d]``.
       values: the source's values ``[..., n, dv]``.
-      coreset: what any compressor made of them, refitted ones included.
-      rho: radius of the unit queries, see :func:`coreset_jax.problem.reduce`.
+      coreset: what any compressor made of them, signed ones included.
+      rho: radius of the unit queries, see :func:`coreset_jax.geometry.standardize`.
       query_norm: or the radius of the raw queries. Each is a scalar or ``[...]``.
       queries: or sample raw queries ``[..., q, d]`` whose largest norm is the radius; with none
         of the three the radius of the raw queries is ``sqrt(d)``.
@@ -255,36 +240,29 @@ def certificate(
 
     References:
       Liberty, Andoni, Kleiner, *Nearly Optimal Attention Coresets*, 2026, Sections 4 and 5, for
-      the kernel and the reduction; the bounds by degree are this library's.
+      the kernel and the unit problem; the bounds by degree are this library's.
 
     >>> import jax, coreset_jax as cj
     >>> keys, values = jax.random.normal(jax.random.key(0), (2, 512, 16))
-    >>> coreset = cj.compress(jax.random.key(1), keys, values, size=128, rho=1.0)
+    >>> coreset = cj.balanced(rho=1.0)(jax.random.key(1), keys, values, size=64)
     >>> promise = certificate(keys, values, coreset, rho=1.0)
     >>> found = cj.guarantees.adversary(jax.random.key(2), keys, values, coreset, rho=1.0)
     >>> bool(found.error < promise.error < 3 * found.error)
     True
     """
-    validation.check_cache(keys, values)
-    validation.check_lengths(lengths, keys)
-    problem.check_radius(keys, rho, query_norm, queries, scale)
-    check_coreset(coreset, keys, values)
-    validation.check_count("block_size", block_size)
+    ball: dict[str, Any] = {
+        "rho": rho,
+        "query_norm": query_norm,
+        "queries": queries,
+        "scale": scale,
+        "lengths": lengths,
+    }
+    check_comparison(keys, values, coreset, **ball)
+    checks.check_count("block_size", block_size)
     if degrees is None:
         degrees = default_degrees(keys.shape[-1], values.shape[-1])
     elif isinstance(degrees, bool) or degrees not in (3, 4):
         raise ValueError(f"degrees must be 3 or 4, got {degrees!r}.")
     # A block of padding would be work for nothing.
-    block_size = CHUNK * -(-min(block_size, keys.shape[-2]) // CHUNK)
-    return _certificate(
-        keys,
-        values,
-        coreset,
-        rho,
-        query_norm,
-        queries,
-        scale,
-        lengths,
-        degrees=int(degrees),
-        block_size=block_size,
-    )
+    block_size = TILE * -(-min(block_size, keys.shape[-2]) // TILE)
+    return _certificate(keys, values, coreset, ball, degrees=int(degrees), block_size=block_size)

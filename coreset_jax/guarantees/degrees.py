@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from coreset_jax._src.precision import matmul
 from coreset_jax.guarantees.norms import row_norms, spectral_norms, unit_roundoff
 from coreset_jax.guarantees.tails import geometric_series, tail_bounds
 
 # Atoms of one matrix product over them: its rounding grows with their number.
-CHUNK = 128
+TILE = 128
 
 # A tensor of degree 3 is written down if it has no more entries than this.
 _LARGEST = 2**16
@@ -134,7 +135,7 @@ class _MonomialSums(NamedTuple):
 
 
 def _monomial_sums(
-    measure: Measure, chunks: Int[Array, ""], *, second: bool, third: bool
+    measure: Measure, tiles: Int[Array, ""], *, second: bool, third: bool
 ) -> _MonomialSums:
     """Goes through the atoms once; ``second`` and ``third`` say which tensors are wanted."""
     width, value_width = measure.keys.shape[-1], measure.vectors.shape[-1]
@@ -142,16 +143,15 @@ def _monomial_sums(
 
     def add(number: Array, sums: _MonomialSums) -> _MonomialSums:
         keys, vectors, masses = (
-            jax.lax.dynamic_slice_in_dim(array, number * CHUNK, CHUNK) for array in measure[:3]
+            jax.lax.dynamic_slice_in_dim(array, number * TILE, TILE) for array in measure[:3]
         )
         parts = [vectors, masses[:, None], masses[:, None] * keys]
         if third:
-            parts.append((keys[:, :, None] * vectors[:, None, :]).reshape(CHUNK, -1))
+            parts.append((keys[:, :, None] * vectors[:, None, :]).reshape(TILE, -1))
         columns, rows = jnp.concatenate(parts, axis=-1), keys.T
 
         def added(total: Array, monomials: Array) -> Array:
-            product = jnp.matmul(monomials, columns, precision=jax.lax.Precision.HIGHEST)
-            return total + product
+            return total + matmul(monomials, columns)
 
         low = added(sums.low, jnp.concatenate([jnp.ones_like(rows[:1]), rows]))
         if sums.high is None:
@@ -161,7 +161,7 @@ def _monomial_sums(
     columns = value_width + 1 + width + (width * value_width if third else 0)
     low = jnp.zeros_like(measure.keys, shape=(1 + width, columns))
     high = jnp.zeros_like(measure.keys, shape=(len(left), columns)) if second else None
-    return jax.lax.fori_loop(jnp.zeros_like(chunks), chunks, add, _MonomialSums(low, high))
+    return jax.lax.fori_loop(jnp.zeros_like(tiles), tiles, add, _MonomialSums(low, high))
 
 
 def _low_degrees(
@@ -260,11 +260,11 @@ def bound_degrees(
     errors of the atoms amount to, each times :math:`e^{\rho\|k\|}`.
 
     Args:
-      measure: the atoms, ``n`` a multiple of ``CHUNK`` and of ``block_size``.
+      measure: the atoms, ``n`` a multiple of ``TILE`` and of ``block_size``.
       rho: radius of the queries.
       blocks: blocks that hold atoms; those behind are not looked at.
       degrees: degrees bounded apart, J, 3 or 4.
-      block_size: atoms of a block, a multiple of ``CHUNK``.
+      block_size: atoms of a block, a multiple of ``TILE``.
 
     Returns:
       The bounds, in the units of the vectors and of the masses.
@@ -274,7 +274,7 @@ def bound_degrees(
     unit = unit_roundoff(keys.dtype)
     written = degrees == 4 or width * (width + 1) <= max(count, 2**12)
     sums = _monomial_sums(
-        measure, blocks * (block_size // CHUNK), second=written, third=degrees == 4
+        measure, blocks * (block_size // TILE), second=written, third=degrees == 4
     )
     vector_norms, mass_norms = _low_degrees(sums, width, vectors.shape[-1], degrees)
     tails = tail_bounds(
@@ -294,7 +294,7 @@ def bound_degrees(
     key_norms = row_norms(keys)
     # The sums of absolute terms are rounded too.
     crude = 1.1 + count * unit
-    rounding = crude * (CHUNK + count // CHUNK + 16) * unit
+    rounding = crude * (TILE + count // TILE + 16) * unit
 
     def slacks(weights: Array) -> list[Array]:
         return [rounding * jnp.sum(weights * key_norms**degree) for degree in range(4)]

@@ -8,6 +8,7 @@ out. Keys, random signs and everything else are public; only the bits are not.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,9 +16,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from coreset_jax import validation
-from coreset_jax.attention import accumulation_dtype, attention
-from coreset_jax.coreset import Compressor, Coreset, attend
+from coreset_jax._src import checks
+from coreset_jax._src.attention import attention
+from coreset_jax._src.core.coreset import Coreset, SignedCoreset, attend
+from coreset_jax._src.precision import accumulation_dtype, matmul
+from coreset_jax.guarantees.checks import positive_number
 
 # A coreset's error, per coordinate, over the value of a bit: half of the threshold's distance.
 _ERROR_PER_SIGNAL = 1 / 4
@@ -82,9 +85,9 @@ def code_size(key_width: int, rho: float) -> int:
     >>> code_size(512, 4.0)
     2108
     """
-    validation.check_count("key_width", key_width)
-    rho = _static_positive("rho", rho)
-    return math.floor(0.5 + math.sqrt(0.25 + 0.5 * math.exp(key_width / (2 * rho**2))))
+    checks.check_count("key_width", key_width)
+    pairs = math.exp(key_width / (2 * positive_number("rho", rho) ** 2)) / 2
+    return math.floor(0.5 + math.sqrt(0.25 + pairs))
 
 
 def code_width(codewords: int, rho: float) -> int:
@@ -97,9 +100,9 @@ def code_width(codewords: int, rho: float) -> int:
     >>> code_width(2108, 4.0), code_width(2109, 4.0)
     (512, 513)
     """
-    validation.check_count("codewords", codewords, 2)
-    rho = _static_positive("rho", rho)
-    return math.ceil(2 * rho**2 * math.log(2 * codewords * (codewords - 1)))
+    checks.check_count("codewords", codewords, 2)
+    logarithm = math.log(2 * codewords * (codewords - 1))
+    return math.ceil(2 * positive_number("rho", rho) ** 2 * logarithm)
 
 
 def coreset_codewords(width: int, rho: float, eps: float) -> int:
@@ -116,8 +119,8 @@ def coreset_codewords(width: int, rho: float, eps: float) -> int:
     >>> coreset_codewords(32, 4.0, 0.02)
     120
     """
-    validation.check_count("width", width)
-    rho, eps = _static_positive("rho", rho), _static_positive("eps", eps)
+    checks.check_count("width", width)
+    rho, eps = positive_number("rho", rho), positive_number("eps", eps)
     by_error = _ERROR_PER_SIGNAL * math.exp(rho) / (eps * math.sqrt(width))
     return math.floor(min(by_error, _CODEWORDS_PER_SQUARE * math.exp(2 * rho)))
 
@@ -138,24 +141,13 @@ def sketch_codewords(rho: float, eps: float) -> int:
     return coreset_codewords(1, rho, eps)
 
 
-def _static_positive(name: str, value: float) -> float:
-    number = validation.static_float(name, value)
-    if number is None:
-        raise ValueError(f"{name} must be a number, got None.")
-    return number
-
-
-def _overlaps(
-    codewords: Float[Array, "N dk"], queries: Float[Array, "N dk"]
-) -> tuple[Float[Array, ""], Float[Array, " N"]]:
+def _overlaps(codewords: Float[Array, "N dk"], rho: Array) -> tuple[Array, Array]:
     """The coherence of a code, and the share of its own codeword in the softmax of each query."""
 
     def one(place: Array) -> tuple[Array, Array]:
-        dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        own = jnp.arange(codewords.shape[0]) == place
-        overlaps = jnp.where(own, 0, jnp.abs(dot(codewords, codewords[place])))
-        share = jax.nn.softmax(dot(codewords, queries[place]))[place]
-        return jnp.max(overlaps), share
+        products = matmul(codewords, codewords[place])
+        overlaps = jnp.where(places == place, 0, jnp.abs(products))
+        return jnp.max(overlaps), jax.nn.softmax(rho * products)[place]
 
     places = jnp.arange(codewords.shape[0])
     overlaps, shares = jax.lax.map(one, places, batch_size=min(_BLOCK, codewords.shape[0]))
@@ -182,13 +174,12 @@ def _instance(
         rng, draw_rng = jax.random.split(state[0])
         signs = jax.random.rademacher(draw_rng, (codewords, key_width), jnp.int8)
         code = (signs.astype(wide) * key_width**-0.5).astype(dtype)
-        return rng, signs, *_overlaps(code.astype(wide), rho * code.astype(wide))
+        return rng, code, *_overlaps(code.astype(wide), rho)
 
     # Drawn as a whole until it is a code, at most twice on the average.
-    rng, key_signs, coherence, shares = jax.lax.while_loop(
+    _, code, coherence, shares = jax.lax.while_loop(
         lambda state: ~(state[2] <= 1 / rho), draw, draw((code_rng,))
     )
-    code = (key_signs.astype(wide) * key_width**-0.5).astype(dtype)
     signs = jax.random.rademacher(sign_rng, (codewords, width), dtype)
     bits = jax.random.bernoulli(bit_rng, 0.5, (codewords, width))
     shown = signs * bits.astype(dtype)
@@ -199,15 +190,8 @@ def _instance(
         bit = 1 / width
     else:
         keys, values, bit = code, shown * jnp.asarray(width**-0.5, dtype), width**-0.5
-    return HardInstance(
-        keys=keys,
-        values=values,
-        queries=rho * code.astype(wide),
-        signs=signs,
-        bits=bits,
-        thresholds=shares * bit / 2,
-        coherence=coherence,
-    )
+    queries, thresholds = rho * code.astype(wide), shares * bit / 2
+    return HardInstance(keys, values, queries, signs, bits, thresholds, coherence)
 
 
 def _checked_instance(
@@ -333,7 +317,7 @@ def sketch_instance(
     >>> instance.keys.shape, instance.values.shape, instance.bits.shape
     ((20, 120), (20, 8), (20, 8))
     """
-    validation.check_count("width", width)
+    checks.check_count("width", width)
     codewords = sketch_codewords(rho, eps)
     return _checked_instance(rng, codewords, width, rho, key_width, dtype, one_bit_a_pair=False)
 
@@ -362,26 +346,25 @@ def decode(
 
 
 @jax.jit
-def _play(instance: HardInstance, coreset: Coreset) -> GameResult:
+def _play(instance: HardInstance, coreset: Coreset | SignedCoreset) -> GameResult:
     dtype = accumulation_dtype(instance.queries, coreset.keys, coreset.values)
     # Outputs have the dtype of the values, in which a signal of 1/d may be rounded away.
     coreset = coreset._replace(values=coreset.values.astype(dtype))
     outputs = attend(instance.queries, coreset, scale=1.0, block_size=_BLOCK)
-    exact = attention(
-        instance.queries,
-        instance.keys,
-        instance.values.astype(dtype),
-        scale=1.0,
-        block_size=_BLOCK,
-    )
-    read = decode(instance, outputs) == instance.bits
-    success = jnp.mean(read.astype(dtype), axis=(-2, -1))
+    cache = instance.keys, instance.values.astype(dtype)
+    exact = attention(instance.queries, *cache, scale=1.0, block_size=_BLOCK)
+    success = jnp.mean((decode(instance, outputs) == instance.bits).astype(dtype), axis=(-2, -1))
     finite = jnp.all(jnp.isfinite(outputs), axis=(-2, -1))
     error = jnp.max(jnp.linalg.norm(outputs - exact, axis=-1), axis=-1)
     return GameResult(jnp.where(finite, success, jnp.nan), error)
 
 
-def index_game(rng: Array, instance: HardInstance, compressor: Compressor, size: int) -> GameResult:
+def index_game(
+    rng: Array,
+    instance: HardInstance,
+    compressor: Callable[..., Coreset | SignedCoreset],
+    size: int,
+) -> GameResult:
     """Alice compresses the cache, Bob reads all its bits from the coreset.
 
     In expectation no subset of ``size`` weighted pairs allows a success above
@@ -392,7 +375,7 @@ def index_game(rng: Array, instance: HardInstance, compressor: Compressor, size:
       rng: a JAX random key for the compressor; not the one of the instance.
       instance: of :func:`coreset_instance` or :func:`sketch_instance`; those of a ``vmap`` over
         random keys play one game each.
-      compressor: any method.
+      compressor: any method, called as a :class:`coreset_jax.Compressor`.
       size: pairs that it may keep.
 
     Returns:
@@ -412,5 +395,5 @@ def index_game(rng: Array, instance: HardInstance, compressor: Compressor, size:
     100.0% of the bits from 136 pairs
     74.5% of the bits from 68 pairs
     """
-    validation.check_size(size)
+    checks.check_size(size)
     return _play(instance, compressor(rng, instance.keys, instance.values, size=size))

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from coreset_jax._src.precision import matmul
+
 # After K squarings the bound exceeds the eigenvalue by at most a factor side^(1 / 2^(K + 1)).
 _SQUARINGS = 8
 
@@ -18,10 +20,6 @@ def unit_roundoff(dtype: jnp.dtype) -> float:
 def row_norms(rows: Float[Array, "... width"]) -> Float[Array, "..."]:
     """Euclidean norms along the last axis."""
     return jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1))
-
-
-def _dot(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def _frobenius(matrices: Float[Array, "count a b"]) -> Float[Array, "count 1 1"]:
@@ -59,7 +57,7 @@ def largest_eigenvalues(matrices: Sequence[Float[Array, "a a"]]) -> Float[Array,
     def square(power: Array, _: None) -> tuple[Array, Array]:
         # Any size will do that is near the norm: the equation holds for all.
         size = _not_zero(_frobenius(power))
-        return _dot(power / size, power / size), size
+        return matmul(power / size, power / size), size
 
     def root(bound: Array, size: Array) -> tuple[Array, None]:
         return size * jnp.sqrt(bound + slack), None
@@ -84,7 +82,7 @@ def spectral_norms(matrices: Sequence[Float[Array, "a b"]]) -> Float[Array, " co
         tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
         scale = jnp.max(jnp.abs(tall))
         scaled = tall / _not_zero(scale)
-        gram = _dot(scaled.T, scaled)
+        gram = matmul(scaled.T, scaled)
         unit = unit_roundoff(gram.dtype)
         grams.append(gram)
         scales.append(scale)

@@ -1,8 +1,8 @@
 r"""How many pairs a coreset takes, from above and from below: the paper's theorems as functions.
 
-Everything is for the unit problem of :mod:`coreset_jax.problem`: keys and values of norm at most
-one, queries of norm at most :math:`\rho`, softmax scale 1. The functions take and return Python
-numbers, so that a size may go straight into a compressor.
+Everything is for the unit problem of :func:`coreset_jax.geometry.standardize`: keys and values of
+norm at most one, queries of norm at most :math:`\rho`, softmax scale 1. The functions take and
+return Python numbers, so that a size may go straight into a compressor.
 
 *Nearly Optimal Attention Coresets* (Liberty, Andoni, Kleiner, 2026) leaves its constants open. The
 one of the upper bound is fitted here to what :func:`coreset_jax.balanced` was measured to do; those
@@ -13,7 +13,8 @@ import math
 import typing
 from typing import Literal
 
-from coreset_jax import validation
+from coreset_jax._src import checks
+from coreset_jax.guarantees.checks import positive_number
 
 Choice = Literal["blind", "equal", "weighted"]
 """What the choice of a coreset may use, see :func:`decoding_bound`."""
@@ -41,10 +42,9 @@ _SHARE_OF_BITS = 0.634
 
 
 def _check(width: int, rho: float, **positive: float) -> None:
-    validation.check_count("width", width)
+    checks.check_count("width", width)
     for name, value in {"rho": rho, **positive}.items():
-        if validation.static_float(name, value) is None:
-            raise ValueError(f"{name} must be a number, got None.")
+        positive_number(name, value)
 
 
 def discrepancy(width: int, rho: float, *, constant: float = DISCREPANCY_CONSTANT) -> float:
@@ -111,7 +111,7 @@ def reachable_error(
     >>> print(round(reachable_error(32, 1.0, 1024), 4))
     0.0056
     """
-    validation.check_size(size)
+    checks.check_size(size)
     return 2 * discrepancy(width, rho, constant=constant) / size
 
 
@@ -315,9 +315,9 @@ def decoding_bound(
     0.59
     0.631
     """
-    validation.check_count("pairs", pairs)
-    validation.check_size(size)
-    validation.check_count("bits_per_pair", bits_per_pair)
+    checks.check_count("pairs", pairs)
+    checks.check_size(size)
+    checks.check_count("bits_per_pair", bits_per_pair)
     if choice not in typing.get_args(Choice):
         raise ValueError(f"choice must be one of {typing.get_args(Choice)}, got {choice!r}.")
     if size >= pairs:

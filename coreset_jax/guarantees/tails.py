@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from coreset_jax._src.precision import inner_products, matmul
 from coreset_jax.guarantees.norms import largest_eigenvalues, unit_roundoff
 
 # Terms of a series over degrees that are summed; the rest is bounded by a geometric series.
@@ -140,9 +141,6 @@ def _pair_sums(
     width = vectors.shape[-1]
     columns = 2 * width if squares else width
 
-    def dot(left: Array, right: Array) -> Array:
-        return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
-
     def rows(array: Array, number: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(array, number * block_size, block_size)
 
@@ -150,22 +148,22 @@ def _pair_sums(
         left_keys, left_masses = reach * rows(keys, left), rows(masses, left)
 
         def block(right: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            products = dot(left_keys, rows(keys, right).T)
+            products = inner_products(left_keys, rows(keys, right))
             cubes = products * products * products / (1 - products)
             fourths = products * cubes
             # Pairs within one block are met from both sides.
             factor = jnp.where(left == right, 0.5, 1.0).astype(keys.dtype)
             right_vectors = factor * rows(vectors, right)
-            part = dot(fourths if even else cubes, right_vectors)
+            part = matmul(fourths if even else cubes, right_vectors)
             if squares:
-                part = jnp.concatenate([part, dot(products * products, right_vectors)], axis=-1)
+                part = jnp.concatenate([part, matmul(products * products, right_vectors)], axis=-1)
             right_masses = factor * rows(masses, right)
-            return sums[0] + part, sums[1] + dot(dot(left_masses.T, fourths), right_masses)
+            return sums[0] + part, sums[1] + matmul(matmul(left_masses.T, fourths), right_masses)
 
         # Row by row: rounding grows with the additions that one number goes through.
         start = jnp.zeros_like(keys, shape=(block_size, columns)), jnp.zeros_like(sums[1])
         part, mass_part = jax.lax.fori_loop(left, blocks, block, start)
-        return sums[0] + dot(rows(vectors, left).T, part), sums[1] + mass_part
+        return sums[0] + matmul(rows(vectors, left).T, part), sums[1] + mass_part
 
     start = jnp.zeros_like(keys, shape=(width, columns)), jnp.zeros_like(keys, shape=(3, 3))
     half, mass_sums = jax.lax.fori_loop(jnp.zeros_like(blocks), blocks, row_of_blocks, start)
@@ -199,7 +197,7 @@ def _rounding(
     unit = unit_roundoff(keys.dtype)
     error = 1.1 * (width + 6) * unit * limit
     total = jnp.sum(weights)
-    matrix = jnp.matmul(keys.T, weights[:, None] * keys, precision=jax.lax.Precision.HIGHEST)
+    matrix = matmul(keys.T, weights[:, None] * keys)
     # The floors are for products so small that they are nothing but error.
     second = (1.1 + 4 * count * unit) * jnp.sum(jnp.square(reach * matrix))
     second = second + 16 * jnp.square(error * total)

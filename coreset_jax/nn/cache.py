@@ -6,22 +6,18 @@ scores. Shapes never change, so a decoding step is traced once.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt32
 
-from coreset_jax import validation
-from coreset_jax.attention import default_scale
-from coreset_jax.nn import checks
+from coreset_jax._src.stream.summary import Summary
+from coreset_jax.nn import checks, kv_block
 from coreset_jax.nn import middle as middles
-from coreset_jax.nn import stretch as stretches
 from coreset_jax.nn.config import CacheConfig
 from coreset_jax.nn.grouped import Part, attend, by_head
-from coreset_jax.nn.stretch import Stretch
-from coreset_jax.summary import Summary
+from coreset_jax.nn.kv_block import KVBlock
 
 
 @struct.dataclass
@@ -34,27 +30,28 @@ class CoresetCache:
 
     Attributes:
       sinks: the first pairs of each sequence.
-      middle: what stands for the pairs between; one :class:`~coreset_jax.summary.Summary` a head.
+      middle: what stands for the pairs between, one summary of a stream a head.
       recent: the newest pairs of each sequence, oldest first.
-      filled: how many of ``recent`` are meant ``[batch]``.
+      filled: number of valid pairs of ``recent`` ``[batch]``.
       lengths: pairs that have come ``[batch]``.
       rng: data of a random key, for compressors that want one.
       config: the options.
 
-    >>> import jax, jax.numpy as jnp
+    >>> import jax
     >>> from coreset_jax.nn import CacheConfig, CoresetCache
-    >>> config = CacheConfig(size=96, sinks=4, window=16, block_size=16, landmarks=16)
-    >>> keys, values = jax.random.normal(jax.random.key(0), (2, 1, 500, 2, 8))
-    >>> cache = CoresetCache.init(config, jax.random.key(1), keys, values)
-    >>> cache = cache.prefill(keys, values)
-    >>> cache = cache.append(keys[:, :1], values[:, :1])
-    >>> cache.attend(jnp.ones((1, 1, 4, 8))).shape, int(cache.lengths[0])
-    ((1, 1, 4, 8), 501)
+    >>> queries = jax.random.normal(jax.random.key(0), (1, 1000, 4, 8))
+    >>> keys, values = jax.random.normal(jax.random.key(1), (2, 1, 1000, 2, 8))
+    >>> config = CacheConfig(size=96, window=16, block_size=16)
+    >>> cache = CoresetCache.init(config, jax.random.key(2), keys, values)
+    >>> outputs, cache = cache.read_and_extend(queries, keys, values)
+    >>> outputs, cache = cache.read_and_extend(queries[:, :1], keys[:, :1], values[:, :1])
+    >>> outputs.shape, int(cache.lengths[0])
+    ((1, 1, 4, 8), 1001)
     """
 
-    sinks: Stretch
+    sinks: KVBlock
     middle: Summary
-    recent: Stretch
+    recent: KVBlock
     filled: Int[Array, " batch"]
     lengths: Int[Array, " batch"]
     rng: UInt32[Array, " words"]
@@ -78,16 +75,19 @@ class CoresetCache:
           values: the same, ``[batch, any, kv_heads, value_dim]``.
 
         Raises:
-          ValueError: if keys and values do not fit each other.
+          ValueError: if keys and values do not fit each other, or options of the compressor fit
+            no head.
         """
         checks.check_pairs(keys, values)
+        if config.compressor is not None:
+            config.compressor.check_heads((keys.shape[2],))
         key, value = (by_head(array)[..., 0, :] for array in (keys, values))
         # Two arrays, or they could not both be donated.
         filled, lengths = (jnp.zeros_like(key[:, 0, 0], jnp.int32) for _ in range(2))
         return cls(
-            stretches.empty(config.sinks, key, value),
+            kv_block.empty(config.sinks, key, value),
             middles.empty(config, key, value),
-            stretches.empty(config.recent, key, value),
+            kv_block.empty(config.num_recent, key, value),
             filled,
             lengths,
             jax.random.bits(rng, (2,), jnp.uint32),
@@ -104,7 +104,7 @@ class CoresetCache:
         """Places in the sequence of the pairs held, -1 in empty slots: sinks, middle, recent."""
         sinks = jnp.arange(self.config.sinks)
         sinks = jnp.where(sinks < self.lengths[:, None], sinks, -1)
-        recent = jnp.arange(self.config.recent)
+        recent = jnp.arange(self.config.num_recent)
         first = (self.lengths - self.filled)[:, None]
         recent = jnp.where(recent < self.filled[:, None], first + recent, -1)
         middle = middles.positions(self.middle)
@@ -135,10 +135,10 @@ class CoresetCache:
           ValueError: if shapes, dtypes or lengths do not fit the cache, or the prompt is longer
             than ``max_length``.
         """
-        self._check(keys, values, lengths)
+        checks.check_new_pairs(keys, values, lengths, self.recent)
         self._check_prompt(keys)
         if queries is not None:
-            self._check_queries(queries)
+            checks.check_queries(queries, self.recent)
         return _prefill(self, keys, values, lengths, queries)
 
     def append(
@@ -152,12 +152,12 @@ class CoresetCache:
         Args:
           keys: the next keys, positions applied ``[batch, length, kv_heads, head_dim]``.
           values: their values ``[batch, length, kv_heads, value_dim]``.
-          lengths: how many of them are meant ``[batch]``, from 0 on; ``None`` means all.
+          lengths: number of valid ones among them ``[batch]``, from 0 on; ``None`` means all.
 
         Raises:
           ValueError: if shapes, dtypes or lengths do not fit the cache.
         """
-        self._check(keys, values, lengths)
+        checks.check_new_pairs(keys, values, lengths, self.recent)
         return _append(self, keys, values, lengths)
 
     def attend(
@@ -175,7 +175,7 @@ class CoresetCache:
           keys: the keys that come with the queries, one each, or ``None``. Query ``i`` reads the
             cache and the first ``i + 1`` of these.
           values: their values.
-          lengths: how many of them are meant ``[batch]``; outputs behind that mean nothing.
+          lengths: number of valid ones among them ``[batch]``; outputs behind that mean nothing.
 
         Returns:
           Outputs in the dtype of the values; zero where there is nothing to attend to.
@@ -183,13 +183,13 @@ class CoresetCache:
         Raises:
           ValueError: if shapes, dtypes or lengths do not fit the cache or each other.
         """
-        self._check_queries(queries)
+        checks.check_queries(queries, self.recent)
         if (keys is None) != (values is None):
             raise ValueError("keys and values must be given together.")
         if keys is None and lengths is not None:
             raise ValueError("lengths go with keys and values, which are not given.")
         if keys is not None:
-            self._check(keys, values, lengths)
+            checks.check_new_pairs(keys, values, lengths, self.recent)
             if keys.shape[1] != queries.shape[1]:
                 raise ValueError(
                     f"keys must come one with each query; got queries {queries.shape} and "
@@ -223,50 +223,15 @@ class CoresetCache:
         """
         outputs = self.attend(queries, keys, values, lengths)
         self._check_prompt(keys)
+        if keys.shape[1] == 1:
+            return outputs, _append(self, keys, values, lengths)
         return outputs, _extend(self, queries, keys, values, lengths)
-
-    @property
-    def _scale(self) -> float:
-        width = self.recent.keys.shape[-1]
-        return default_scale(width) if self.config.scale is None else float(self.config.scale)
 
     @property
     def _key(self) -> Array:
         return jax.random.wrap_key_data(self.rng, impl="threefry2x32")
 
-    def _check(self, keys: Any, values: Any, lengths: Any) -> None:
-        checks.check_pairs(keys, values)
-        for name, array, held in (
-            ("keys", keys, self.recent.keys),
-            ("values", values, self.recent.values),
-        ):
-            batch, heads, _, width = held.shape
-            if (array.shape[0], *array.shape[2:]) != (batch, heads, width):
-                raise ValueError(
-                    f"{name} must be [batch, length, kv_heads, head_dim] of a cache for batch "
-                    f"{batch}, {heads} kv heads and width {width}; got {array.shape}."
-                )
-            if array.dtype != held.dtype:
-                raise ValueError(
-                    f"{name} must have the cache's dtype {held.dtype}, got {array.dtype}."
-                )
-        checks.check_lengths(lengths, keys)
-
-    def _check_queries(self, queries: Any) -> None:
-        validation.check_floating("queries", queries)
-        batch, kv_heads, _, width = self.recent.keys.shape
-        if queries.ndim != 4 or queries.shape[0] != batch or queries.shape[-1] != width:
-            raise ValueError(
-                f"queries must be [batch, length, heads, head_dim] with batch {batch} and "
-                f"head_dim {width}, got {queries.shape}."
-            )
-        if queries.shape[2] == 0 or queries.shape[2] % kv_heads:
-            raise ValueError(
-                f"queries must have a multiple of the cache's {kv_heads} kv heads, "
-                f"got {queries.shape}."
-            )
-
-    def _check_prompt(self, keys: Any) -> None:
+    def _check_prompt(self, keys: Array) -> None:
         limit = self.config.max_length
         if limit is not None and keys.shape[1] > limit:
             raise ValueError(
@@ -284,14 +249,14 @@ def _prefill(
     config = cache.config
     lengths = _counts(cache, keys, lengths)
     spared = jnp.minimum(lengths, config.sinks)
-    first = jnp.maximum(lengths - config.recent, spared)
-    prompt = Stretch(by_head(keys), by_head(values))
+    first = jnp.maximum(lengths - config.num_recent, spared)
+    prompt = KVBlock(by_head(keys), by_head(values))
     rng = jax.random.fold_in(cache._key, 0)
     return dataclasses.replace(
         cache,
-        sinks=stretches.cut(prompt, config.sinks, jnp.zeros_like(lengths), lengths),
+        sinks=kv_block.cut(prompt, config.sinks, jnp.zeros_like(lengths), lengths),
         middle=middles.compress(config, rng, prompt, first - spared, queries),
-        recent=stretches.cut(prompt, config.recent, first, lengths),
+        recent=kv_block.cut(prompt, config.num_recent, first, lengths),
         filled=lengths - first,
         lengths=lengths,
     )
@@ -304,16 +269,16 @@ def _append(cache: CoresetCache, keys: Array, values: Array, lengths: Array | No
     width = min(total, cache.config.block_size)
     pieces = -(-total // width)
     padding = ((0, 0), (0, 0), (0, pieces * width - total), (0, 0))
-    new = Stretch(*(jnp.pad(by_head(array), padding) for array in (keys, values)))
+    new = KVBlock(*(jnp.pad(by_head(array), padding) for array in (keys, values)))
 
     def piece(number: Array | int, cache: CoresetCache) -> CoresetCache:
         start = number * width
         inside = jnp.clip(counts - start, 0, width)
         # A batch decodes in step: as a rule all sequences are full at once, and most steps none.
-        full = cache.filled + inside > cache.config.recent
+        full = cache.filled + inside > cache.config.num_recent
         cache = jax.lax.cond(jnp.any(full), lambda: _flush(cache, full), lambda: cache)
         pairs = (jax.lax.dynamic_slice_in_dim(array, start, width, 2) for array in new)
-        return _write(cache, Stretch(*pairs), inside)
+        return _write(cache, KVBlock(*pairs), inside)
 
     return piece(0, cache) if pieces == 1 else jax.lax.fori_loop(0, pieces, piece, cache)
 
@@ -328,11 +293,12 @@ def _attend(
 ) -> Array:
     new = None
     if keys is not None and values is not None:
-        new = Stretch(by_head(keys), by_head(values))
+        new = KVBlock(by_head(keys), by_head(values))
         if lengths is not None:
             start, end = jnp.zeros_like(cache.lengths), _counts(cache, keys, lengths)
-            new = stretches.cut(new, keys.shape[1], start, end)
-    outputs = attend(queries, _held(cache), new, cache._scale)
+            new = kv_block.cut(new, keys.shape[1], start, end)
+    scale = cache.config.settings(queries.shape[-1]).scale
+    outputs = attend(queries, _held(cache), new, scale)
     return outputs.astype(cache.recent.values.dtype)
 
 
@@ -341,8 +307,6 @@ def _extend(
     cache: CoresetCache, queries: Array, keys: Array, values: Array, lengths: Array | None
 ) -> CoresetCache:
     count = keys.shape[1]
-    if count == 1:
-        return _append(cache, keys, values, lengths)
     # The last queries of a prompt are the best sample there is of those to come.
     ends = _counts(cache, keys, lengths)
     sample = min(count, max(cache.config.window, 1))
@@ -373,9 +337,10 @@ def _extend(
 def _held(cache: CoresetCache) -> list[Part]:
     """All that is held, with its log-weights."""
 
-    def exact(stretch: Stretch, counts: Array) -> Part:
-        inside = jnp.arange(stretch.keys.shape[2]) < counts[:, None]
-        return *stretch, jnp.where(inside, 0.0, -jnp.inf)[:, None]
+    def exact(block: KVBlock, counts: Array) -> Part:
+        inside = jnp.arange(block.keys.shape[2]) < counts[:, None]
+        # Weights of the middle are absolute: a pair that is exact stands for itself.
+        return *block, jnp.where(inside, 0.0, -jnp.inf)[:, None]
 
     parts = [exact(cache.recent, cache.filled)]
     if cache.config.middle:
@@ -392,19 +357,19 @@ def _flush(cache: CoresetCache, full: Array) -> CoresetCache:
     leaving = jnp.where(full, jnp.minimum(cache.filled, width), 0)
     middle = cache.middle
     if cache.config.middle:
-        block = Stretch(*(array[:, :, :width] for array in cache.recent))
+        block = KVBlock(*(array[:, :, :width] for array in cache.recent))
         rng = jax.random.fold_in(cache._key, 1)
         first = cache.lengths - cache.filled
         middle = middles.absorb(cache.config, rng, middle, block, first, leaving)
     return dataclasses.replace(
         cache,
         middle=middle,
-        recent=stretches.shift(cache.recent, leaving),
+        recent=kv_block.shift(cache.recent, leaving),
         filled=cache.filled - leaving,
     )
 
 
-def _write(cache: CoresetCache, pairs: Stretch, counts: Array) -> CoresetCache:
+def _write(cache: CoresetCache, pairs: KVBlock, counts: Array) -> CoresetCache:
     """Puts the first ``counts`` of some pairs where they belong; there is room."""
     numbers = jnp.arange(pairs.keys.shape[2], dtype=jnp.int32)
     places = cache.lengths[:, None] + numbers
@@ -414,14 +379,14 @@ def _write(cache: CoresetCache, pairs: Stretch, counts: Array) -> CoresetCache:
     slots = (cache.filled - spared)[:, None] + numbers
     return dataclasses.replace(
         cache,
-        sinks=stretches.put(cache.sinks, pairs, places, to_sinks),
-        recent=stretches.put(cache.recent, pairs, slots, inside & ~to_sinks),
+        sinks=kv_block.put(cache.sinks, pairs, places, to_sinks),
+        recent=kv_block.put(cache.recent, pairs, slots, inside & ~to_sinks),
         filled=cache.filled + counts - spared,
         lengths=cache.lengths + counts,
     )
 
 
 def _counts(cache: CoresetCache, keys: Array, lengths: Array | None) -> Int[Array, " batch"]:
-    """How many of some pairs are meant, sharded as the cache."""
+    """Number of valid ones among some pairs, sharded as the cache."""
     count = keys.shape[1] if lengths is None else jnp.asarray(lengths).astype(jnp.int32)
     return jnp.zeros_like(cache.lengths) + count

@@ -5,13 +5,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from coreset_jax import validation
+from coreset_jax._src import checks
+from coreset_jax.nn.kv_block import KVBlock
 
 
 def check_pairs(keys: Any, values: Any) -> None:
     """Raises ``ValueError`` unless keys and values are ``[batch, length, kv_heads, width]``."""
     for name, array in (("keys", keys), ("values", values)):
-        validation.check_floating(name, array)
+        checks.check_floating(name, array)
         if array.ndim != 4 or 0 in array.shape[1:]:
             raise ValueError(
                 f"{name} must be [batch, length, kv_heads, width], none of them 0; "
@@ -38,13 +39,43 @@ def check_lengths(lengths: Any, keys: Any) -> None:
             f"lengths must be integers of shape [batch] ({batch},), "
             f"got {dtype} {np.shape(lengths)}."
         )
-    if not validation.is_traced(lengths):
+    if not checks.is_traced(lengths):
         array = np.asarray(lengths)
         if array.size and (array.min() < 0 or array.max() > count):
             raise ValueError(
                 f"lengths must lie in 0..{count} (axis 1 of keys {keys.shape}); "
                 f"got values from {array.min()} to {array.max()}."
             )
+
+
+def check_new_pairs(keys: Any, values: Any, lengths: Any, held: KVBlock) -> None:
+    """Raises ``ValueError`` unless pairs and ``lengths`` fit a cache that holds such pairs."""
+    check_pairs(keys, values)
+    for name, array, like in (("keys", keys, held.keys), ("values", values, held.values)):
+        batch, heads, _, width = like.shape
+        if (array.shape[0], *array.shape[2:]) != (batch, heads, width):
+            raise ValueError(
+                f"{name} must be [batch, length, kv_heads, head_dim] of a cache for batch "
+                f"{batch}, {heads} kv heads and width {width}; got {array.shape}."
+            )
+        if array.dtype != like.dtype:
+            raise ValueError(f"{name} must have the cache's dtype {like.dtype}, got {array.dtype}.")
+    check_lengths(lengths, keys)
+
+
+def check_queries(queries: Any, held: KVBlock) -> None:
+    """Raises ``ValueError`` unless queries can read a cache that holds such pairs."""
+    checks.check_floating("queries", queries)
+    batch, kv_heads, _, width = held.keys.shape
+    if queries.ndim != 4 or queries.shape[0] != batch or queries.shape[-1] != width:
+        raise ValueError(
+            f"queries must be [batch, length, heads, head_dim] with batch {batch} and "
+            f"head_dim {width}, got {queries.shape}."
+        )
+    if queries.shape[2] == 0 or queries.shape[2] % kv_heads:
+        raise ValueError(
+            f"queries must have a multiple of the cache's {kv_heads} kv heads, got {queries.shape}."
+        )
 
 
 def check_decoding(inputs_q: Any, inputs_k: Any, inputs_v: Any, mask: Any) -> None:

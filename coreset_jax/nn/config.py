@@ -3,15 +3,20 @@
 import dataclasses
 from typing import Any
 
-from coreset_jax import validation, walks
-from coreset_jax.attention import default_scale
-from coreset_jax.coreset import Compressor
-from coreset_jax.sketch import Settings
+from coreset_jax._src import checks
+from coreset_jax._src.attention import default_scale
+from coreset_jax._src.balance.walks import greedy_pairs
+from coreset_jax._src.core.compressor import Compressor
+from coreset_jax._src.stream.halvings import check_compressor
+from coreset_jax._src.stream.sketch import Settings
+
+# Options that attention modules take for their caches; the others follow from the module.
+MODULE_OPTIONS = ("size", "sinks", "window", "block_size", "landmarks", "query_norm", "compressor")
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """What of a cache is fixed at compile time.
+    """What of a cache is fixed at compile time; attention modules take the same options.
 
     Attributes:
       size: pairs that each head holds, of all kinds.
@@ -24,12 +29,16 @@ class CacheConfig:
       query_norm: largest norm of a query; ``None`` means ``sqrt(head_dim)``.
       scale: the softmax scale; ``None`` means ``1/sqrt(head_dim)``.
       compressor: compresses prompts, sample queries given, and halves blocks of what leaves the
-        window, where there are none and it has to return a subset. ``None`` means
-        :func:`coreset_jax.fitted.fitted` for prompts, and balancing with feedback behind the
-        window.
+        window, where there are none: it has to do without them and to return a subset. Options that
+        are arrays are one number or one a key-value head. ``None`` means
+        :class:`coreset_jax.fitted` for prompts, and balancing with feedback behind the window.
       max_length: most tokens of one call; ``None`` for no limit.
 
     ``size == sinks + window + block_size`` leaves no room for a middle: older pairs are dropped.
+
+    Raises:
+      ValueError: on options that contradict each other, and on a compressor that is signed, keeps
+        no subset or needs sample queries.
     """
 
     size: int
@@ -44,20 +53,19 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         """Raises ``ValueError`` on options that contradict each other."""
-        validation.check_size(self.size)
-        validation.check_count("sinks", self.sinks, 0)
-        validation.check_count("window", self.window, 0)
-        validation.check_count("block_size", self.block_size, 2)
-        validation.check_count("landmarks", self.landmarks)
+        checks.check_size(self.size)
+        checks.check_count("sinks", self.sinks, 0)
+        checks.check_count("window", self.window, 0)
+        checks.check_count("block_size", self.block_size, 2)
+        checks.check_count("landmarks", self.landmarks)
         for name in ("query_norm", "scale"):
-            number = validation.static_float(name, getattr(self, name))
+            number = checks.static_float(name, getattr(self, name))
             object.__setattr__(self, name, number)
         if self.block_size % 2:
             raise ValueError(f"block_size must be even, got {self.block_size}.")
-        if self.compressor is not None and not callable(self.compressor):
-            raise ValueError(f"compressor must be callable, got {self.compressor!r}.")
+        check_compressor(self.compressor)
         if self.max_length is not None:
-            validation.check_count("max_length", self.max_length)
+            checks.check_count("max_length", self.max_length)
         exact = f"sinks {self.sinks} + window {self.window} + block_size {self.block_size}"
         if self.middle < 0:
             raise ValueError(f"size must be at least {exact}; got size {self.size}.")
@@ -72,22 +80,22 @@ class CacheConfig:
         return dataclasses.replace(self, **changes)
 
     @property
-    def recent(self) -> int:
+    def num_recent(self) -> int:
         """Slots for recent pairs."""
         return self.window + self.block_size
 
     @property
     def middle(self) -> int:
         """Slots of the compressed middle."""
-        return self.size - self.sinks - self.recent
+        return self.size - self.sinks - self.num_recent
 
     def settings(self, width: int) -> Settings:
         """The settings of the middle for heads of a width."""
         return Settings(
             self.block_size,
-            width**0.5 if self.query_norm is None else float(self.query_norm),
-            default_scale(width) if self.scale is None else float(self.scale),
-            walks.greedy_pairs,
+            width**0.5 if self.query_norm is None else self.query_norm,
+            default_scale(width) if self.scale is None else self.scale,
+            greedy_pairs,
             self.block_size,
             1e-4,
             self.compressor,

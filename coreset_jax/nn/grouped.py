@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coreset_jax.attention import finish, merge, partial_attention
+from coreset_jax._src.attention import finish, merge, partial_attention
 
 # Keys and values ``[batch, kv_heads, slots, width]`` and log-weights ``[batch, kv_heads, slots]``,
 # of which the heads may be one for all.
@@ -73,10 +73,10 @@ def attend(
         return ungrouped(finish(functools.reduce(merge, states)), queries.shape)
 
     seen = sum(part[0].shape[2] for part in parts) + (0 if new is None else length)
-    most = max(_SCORES // (batch * heads * seen), 1)
-    if length <= most:
+    at_once = max(_SCORES // (batch * heads * seen), 1)
+    if length <= at_once:
         return read(queries, jnp.arange(length))
-    chunks = -(-length // most)
+    chunks = -(-length // at_once)
     # Chunks of nearly one length: little padding.
     chunk = -(-length // chunks)
     padded = jnp.pad(queries, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from flax import linen
 from jaxtyping import Array, Float, Int
 
-from coreset_jax.coreset import Compressor
+from coreset_jax._src.core.compressor import Compressor
 from coreset_jax.nn import checks
 from coreset_jax.nn.cache import CoresetCache
-from coreset_jax.nn.config import CacheConfig
+from coreset_jax.nn.config import MODULE_OPTIONS, CacheConfig
 from coreset_jax.nn.rotary import rotate_behind, rotating
 
 
@@ -51,15 +51,11 @@ class CoresetAttention(linen.Module):
       decode: whether to keep a cache.
       normalize_qk: whether queries and keys pass a layer norm each.
       num_kv_heads: key-value heads; ``None`` means ``num_heads``.
-      size: pairs that each head keeps.
-      sinks: first pairs of a sequence, kept exactly.
-      window: newest pairs that are exact at any time.
-      block_size: pairs that are compressed together while decoding.
-      compressor: the method, see :class:`coreset_jax.nn.CacheConfig`; ``None`` for the default.
-      query_norm: largest norm of a query; ``None`` means ``sqrt(head_dim)``.
+      rope_base: base of rotary positions; ``None`` for none.
+      size, sinks, window, block_size, landmarks, query_norm, compressor: the options of
+        :class:`coreset_jax.nn.CacheConfig`; ``size`` must be given.
       max_length: longest prompt; ``None`` means the length of the inputs of ``init``. A prompt
         that is longer is refused.
-      rope_base: base of rotary positions; ``None`` for none.
 
     Raises:
       ValueError: on options that contradict each other, and when called as described there.
@@ -97,14 +93,15 @@ class CoresetAttention(linen.Module):
     decode: bool = False
     normalize_qk: bool = False
     num_kv_heads: int | None = None
-    size: int = dataclasses.field(kw_only=True)
-    sinks: int = 4
-    window: int = 128
-    block_size: int = 64
-    compressor: Compressor | None = None
-    query_norm: float | None = None
-    max_length: int | None = None
     rope_base: float | None = None
+    size: int = dataclasses.field(kw_only=True)
+    sinks: int = CacheConfig.sinks
+    window: int = CacheConfig.window
+    block_size: int = CacheConfig.block_size
+    landmarks: int = CacheConfig.landmarks
+    query_norm: float | None = None
+    compressor: Compressor | None = None
+    max_length: int | None = None
 
     @linen.compact
     def __call__(
@@ -125,7 +122,7 @@ class CoresetAttention(linen.Module):
           inputs_q: inputs ``[batch, length, features]``.
           inputs_k: what keys are made of, ``None`` for ``inputs_q``; ``None`` with ``decode``.
           inputs_v: what values are made of, ``None`` for ``inputs_k``; ``None`` with ``decode``.
-          lengths: with ``decode``, how many of the inputs of each sequence are meant ``[batch]``;
+          lengths: with ``decode``, the number of valid inputs of each sequence ``[batch]``;
             ``None`` means all.
           mask: without ``decode``, boolean ``[batch, heads, length, length]``.
           deterministic: overrides the field.
@@ -265,14 +262,8 @@ class CoresetAttention(linen.Module):
         return heads
 
     def _empty(self, key: Array, value: Array) -> CoresetCache:
-        config = CacheConfig(
-            size=self.size,
-            sinks=self.sinks,
-            window=self.window,
-            block_size=self.block_size,
-            compressor=self.compressor,
-            query_norm=self.query_norm,
-            max_length=key.shape[1] if self.max_length is None else self.max_length,
-        )
+        longest = key.shape[1] if self.max_length is None else self.max_length
+        options = {name: getattr(self, name) for name in MODULE_OPTIONS}
+        config = CacheConfig(max_length=longest, **options)
         rng = self.make_rng("cache") if self.has_rng("cache") else jax.random.key(0)
         return CoresetCache.init(config, rng, key, value)

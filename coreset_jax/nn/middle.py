@@ -4,15 +4,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coreset_jax import summary as summaries
-from coreset_jax.fitted import moved_pairs
+from coreset_jax._src.core.compressor import Compressor
+from coreset_jax._src.core.head import Head
+from coreset_jax._src.core.turns import over_axes
+from coreset_jax._src.stream import summary as summaries
+from coreset_jax._src.stream.halvings import options_of_heads
+from coreset_jax._src.stream.sketch import Pairs
+from coreset_jax._src.stream.summary import Summary
+from coreset_jax.fitting import fitted
 from coreset_jax.nn.config import CacheConfig
 from coreset_jax.nn.grouped import grouped
-from coreset_jax.nn.stretch import Stretch
-from coreset_jax.refit.steps import kernel_entries
-from coreset_jax.refit.wrapper import heads_at_once
-from coreset_jax.sketch import Pairs
-from coreset_jax.summary import Summary
+from coreset_jax.nn.kv_block import KVBlock
 
 
 def empty(
@@ -25,64 +27,78 @@ def empty(
     def one_head(key: Array, value: Array) -> Summary:
         return summaries.empty(config.middle, config.landmarks, key, value)
 
-    return jax.vmap(jax.vmap(one_head))(key_like, value_like)
+    return over_axes(one_head, 2)(key_like, value_like)
 
 
 def compress(
     config: CacheConfig,
     rng: Array,
-    prompt: Stretch,
+    prompt: KVBlock,
     counts: Int[Array, " batch"],
     queries: Float[Array, "batch asked heads head_dim"] | None,
 ) -> Summary:
     """The middle of a prompt: ``counts`` pairs of each sequence, behind the sinks."""
-    stop = prompt.keys.shape[2] - config.recent
+    stop = prompt.keys.shape[2] - config.num_recent
+    blank = empty(config, *(array[:, :, 0] for array in prompt))
     if config.middle == 0 or stop <= config.sinks:
-        return empty(config, *(array[:, :, 0] for array in prompt))
+        return blank
     keys, values = (array[:, :, config.sinks : stop] for array in prompt)
-    kv_heads = keys.shape[1]
+    kv_heads, length = keys.shape[1:3]
     settings = config.settings(keys.shape[-1])
     compressor = config.compressor
     if compressor is None:
         norm, scale = settings.query_norm, settings.scale
-        # The cache keeps both ends itself, with weight one.
-        compressor = moved_pairs(query_norm=norm, scale=scale)
-    sample = None if queries is None else grouped(queries, kv_heads)
+        # The cache keeps both ends itself.
+        compressor = fitted(query_norm=norm, scale=scale, sinks=0, recent_fraction=0)
+    sample = None
+    if queries is not None and compressor.reads_queries:
+        sample = grouped(queries, kv_heads)
 
-    # The same random key for every sequence: what it is batched with must not matter.
-    def one_sequence(keys: Array, values: Array, count: Array, sample: Array | None) -> Summary:
-        lengths = jnp.full(kv_heads, jnp.maximum(count, 1))
-        coreset = compressor(rng, keys, values, size=config.middle, lengths=lengths, queries=sample)
-        # Where there is no pair at all, the one that was taken is padding.
-        coreset = coreset._replace(
-            keys=jnp.where(count > 0, coreset.keys, jnp.zeros_like(coreset.keys)),
-            values=jnp.where(count > 0, coreset.values, jnp.zeros_like(coreset.values)),
+    def one_head(
+        compressor: Compressor,
+        number: Array,
+        keys: Array,
+        values: Array,
+        count: Array,
+        sample: Array | None,
+    ) -> Summary:
+        # A head without pairs has one of zeros: padding may hold anything.
+        inside = (jnp.arange(length) < count)[:, None]
+        head = Head.prepare(
+            rng,
+            number,
+            jnp.where(inside, keys, jnp.zeros_like(keys)),
+            jnp.where(inside, values, jnp.zeros_like(values)),
+            jnp.maximum(count, 1),
+            sample,
+            ragged=True,
+            **compressor.query_ball._asdict(),
         )
-        summarise = jax.vmap(summaries.of_coreset, (0, 0, None, 0, None, None, None, None))
-        return summarise(
-            keys,
-            values,
-            count,
-            coreset,
-            config.sinks,
-            config.middle,
-            config.landmarks,
-            settings,
-        )
+        coreset, _ = compressor.on_head(head, config.middle)
+        finite = jnp.ones((), bool)
+        for array in jax.tree.leaves((head.keys, head.values, sample)):
+            finite &= jnp.all(jnp.isfinite(array))
+        coreset = coreset._replace(log_weights=jnp.where(finite, coreset.log_weights, jnp.nan))
+        slots = config.middle, config.landmarks
+        return summaries.of_coreset(head, count, coreset, config.sinks, *slots, settings)
 
-    # A few sequences after another: a fit holds kernels of many pairs for every head.
-    at_once = max(heads_at_once(kernel_entries(keys.shape[2], config.middle)) // kv_heads, 1)
-    if keys.shape[0] <= at_once:
-        return jax.vmap(one_sequence)(keys, values, counts, sample)
-    sequences = (keys, values, counts, sample)
-    return jax.lax.map(lambda each: one_sequence(*each), sequences, batch_size=at_once)
+    # Random keys are those of the kv heads: what a sequence is batched with must not matter.
+    zeros = jnp.zeros_like(blank.absorbed)
+    return over_axes(one_head, 2)(
+        options_of_heads(compressor, blank.ledger.key_radius),
+        zeros + jnp.arange(kv_heads, dtype=jnp.int32),
+        keys,
+        values,
+        zeros + counts[:, None],
+        sample,
+    )
 
 
 def absorb(
     config: CacheConfig,
     rng: Array,
     middle: Summary,
-    block: Stretch,
+    block: KVBlock,
     first: Int[Array, " batch"],
     counts: Int[Array, " batch"],
 ) -> Summary:
@@ -94,13 +110,19 @@ def absorb(
       middle: the middle.
       block: the next pairs of each sequence.
       first: the place in the sequence of the first of them.
-      counts: how many of them are meant; 0 changes nothing.
+      counts: number of valid ones among them; 0 changes nothing.
     """
     settings = config.settings(block.keys.shape[-1])
     kv_heads, width = block.keys.shape[1:3]
 
     def one_head(
-        number: Array, summary: Summary, keys: Array, values: Array, first: Array, count: Array
+        compressor: Compressor | None,
+        number: Array,
+        summary: Summary,
+        keys: Array,
+        values: Array,
+        first: Array,
+        count: Array,
     ) -> Summary:
         inside = jnp.arange(width) < count
         pairs = Pairs(
@@ -110,17 +132,24 @@ def absorb(
             jnp.where(inside, first + jnp.arange(width, dtype=first.dtype), -1),
         )
         fold = jax.random.fold_in(jax.random.fold_in(rng, number), first)
-        absorbed = summaries.absorb(fold, summary, pairs, settings)
+        own = settings._replace(compressor=compressor)
+        absorbed = summaries.absorb(fold, summary, pairs, own)
         return jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), absorbed, summary)
 
-    over_kv_heads = jax.vmap(one_head, (0, 0, 0, 0, None, None))
-    over_batch = jax.vmap(over_kv_heads, (None, 0, 0, 0, 0, 0))
-    return over_batch(jnp.arange(kv_heads), middle, block.keys, block.values, first, counts)
+    zeros = jnp.zeros_like(middle.absorbed)
+    return over_axes(one_head, 2)(
+        options_of_heads(config.compressor, middle.ledger.key_radius),
+        zeros + jnp.arange(kv_heads, dtype=jnp.int32),
+        middle,
+        *block,
+        zeros + first[:, None],
+        zeros + counts[:, None],
+    )
 
 
 def log_weights(middle: Summary) -> Float[Array, "batch kv_heads slots"]:
     """Logarithms of the weights; NaN in a head that has absorbed a NaN or an infinity."""
-    sound = jax.vmap(jax.vmap(summaries.is_sound))(middle)
+    sound = over_axes(summaries.is_sound, 2)(middle)
     return jnp.where(sound[..., None], jnp.log(middle.pairs.weights), jnp.nan)
 
 

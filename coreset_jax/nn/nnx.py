@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from coreset_jax.coreset import Compressor
 from coreset_jax.nn import checks
 from coreset_jax.nn.cache import CoresetCache
-from coreset_jax.nn.config import CacheConfig
+from coreset_jax.nn.config import MODULE_OPTIONS, CacheConfig
 from coreset_jax.nn.rotary import rotate_behind, rotating
 
 
@@ -30,15 +29,11 @@ class CoresetAttention(nnx.MultiHeadAttention):
       num_heads: query heads.
       in_features: width of the inputs.
       *arguments: further arguments of ``nnx.MultiHeadAttention``.
-      size: pairs that each head keeps.
-      sinks: first pairs of a sequence, kept exactly.
-      window: newest pairs that are exact at any time.
-      block_size: pairs that are compressed together while decoding.
-      compressor: the method, see :class:`coreset_jax.nn.CacheConfig`; ``None`` for the default.
-      query_norm: largest norm of a query; ``None`` means ``sqrt(head_dim)``.
       rope_base: base of rotary positions; ``None`` for none.
       rngs: an nnx random stream.
-      **options: further options of ``nnx.MultiHeadAttention``.
+      **options: ``size``, which must be given, and ``sinks``, ``window``, ``block_size``,
+        ``landmarks``, ``query_norm`` and ``compressor`` of :class:`coreset_jax.nn.CacheConfig`;
+        and further options of ``nnx.MultiHeadAttention``.
 
     Raises:
       ValueError: on options that contradict each other, and when called as described there.
@@ -62,25 +57,13 @@ class CoresetAttention(nnx.MultiHeadAttention):
         num_heads: int,
         in_features: int,
         *arguments: Any,
-        size: int,
-        sinks: int = 4,
-        window: int = 128,
-        block_size: int = 64,
-        compressor: Compressor | None = None,
-        query_norm: float | None = None,
         rope_base: float | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
+        held = {name: options.pop(name) for name in MODULE_OPTIONS if name in options}
+        self.cache_config = CacheConfig(**held)
         super().__init__(num_heads, in_features, *arguments, rngs=rngs, **options)
-        self.cache_config = CacheConfig(
-            size=size,
-            sinks=sinks,
-            window=window,
-            block_size=block_size,
-            compressor=compressor,
-            query_norm=query_norm,
-        )
         checks.check_rope(rope_base, self.head_dim)
         if rope_base is not None:
             self.attention_fn = rotating(self.attention_fn, rope_base)
@@ -130,7 +113,7 @@ class CoresetAttention(nnx.MultiHeadAttention):
           inputs_q: inputs ``[batch, length, in_features]``.
           inputs_k: ``None`` with ``decode``: attention is of the inputs to themselves.
           inputs_v: the same.
-          lengths: with ``decode``, how many of the inputs of each sequence are meant ``[batch]``;
+          lengths: with ``decode``, the number of valid inputs of each sequence ``[batch]``;
             ``None`` means all.
           decode: whether to read and write the cache; ``None`` for the constructor's, and where
             that has none, ``False``.

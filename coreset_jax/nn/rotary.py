@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coreset_jax.attention import accumulation_dtype
+from coreset_jax._src.precision import accumulation_dtype
 
 
 def rotate(

@@ -14,7 +14,7 @@ from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen3 import model as qwen3
 
 from coreset_jax import baselines
-from coreset_jax.nn.wrap import init_cache, wrap, wrap_model
+from coreset_jax.nn.tunix import init_cache, wrap, wrap_model
 from tests.clients import tiny
 
 # Room for everything that these tests read, so that nothing is compressed.
@@ -168,8 +168,8 @@ def test_padding_takes_no_place(architecture, side):
     inputs = inputs_like(attention, prompt + 6)
     numbers = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     # The generated tokens; one of them is padding.
-    meant = jnp.concatenate([real, jnp.ones((BATCH, 6), bool).at[0, 2].set(False)], axis=1)
-    shown = jnp.pad(meant, ((0, 0), (0, slots - meant.shape[1])))
+    valid = jnp.concatenate([real, jnp.ones((BATCH, 6), bool).at[0, 2].set(False)], axis=1)
+    shown = jnp.pad(valid, ((0, 0), (0, slots - valid.shape[1])))
     caches = [tiny.layer_cache(BATCH, slots), wrap(attention, **ROOMY).init_cache(BATCH)]
     layers = [jax.jit(layer) for layer in (attention, wrap(attention, **ROOMY))]
     start = 0
@@ -180,10 +180,10 @@ def test_padding_takes_no_place(architecture, side):
         outputs = []
         for i, layer in enumerate(layers):
             caches[i], output = layer(inputs[:, some], positions, caches[i], mask)
-            outputs.append(jnp.where(meant[:, some, None], output, 0))
+            outputs.append(jnp.where(valid[:, some, None], output, 0))
         chex.assert_trees_all_close(outputs[1], outputs[0], rtol=0, atol=2e-6)
         start += count
-    np.testing.assert_array_equal(caches[1]["coreset"].lengths, jnp.sum(meant, axis=1))
+    np.testing.assert_array_equal(caches[1]["coreset"].lengths, jnp.sum(valid, axis=1))
     np.testing.assert_array_equal(caches[1]["end_index"], caches[0]["end_index"])
 
 
@@ -240,7 +240,7 @@ def test_caches_may_be_narrower_than_the_model():
     chex.assert_trees_all_close(rounded[1], exact[1], atol=0.05)
 
 
-def test_rematerialised_layers_hand_the_cache_on():
+def test_rematerialized_layers_hand_the_cache_on():
     model = tiny.build("qwen3", remat_config=qwen3.RematConfig.DECODER)
     wrap_model(model, **ROOMY)
     tokens = tiny.random_tokens(BATCH, 12)

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 
 from coreset_jax.nn import CacheConfig, CoresetCache
+from tests.stream import compressors
 
+# Tests share programs: they read one token at a time, or 150 of which fewer are valid.
 BATCH, LENGTH, HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 150, 4, 2, 8, 6
 CONFIG = CacheConfig(size=64, sinks=4, window=12, block_size=8, landmarks=8)
+
+# Prompts as subsets, with an option of each head.
+SUBSETS = CONFIG.replace(compressor=compressors.sampled(skew=jnp.array([1e-6, 1e3])))
 
 
 class Sequences(NamedTuple):
@@ -34,6 +39,10 @@ class Sequences(NamedTuple):
         return Sequences(
             self.queries, *(np.where(inside[..., None, None], a, filling) for a in self[1:])
         )
+
+    def copies(self, number):
+        """A batch of one sequence only."""
+        return self.entries(*[number] * len(self.keys))
 
     def causal(self):
         """Every query's attention to all pairs up to its own, in float64."""
@@ -72,19 +81,8 @@ def empty_cache(sequences):
 
 
 @pytest.fixture(scope="session")
-def read():
-    """Reads a sequence piece by piece, and returns all outputs and the cache behind it."""
-
-    def through(cache, sequences, pieces):
-        outputs, start = [], 0
-        for piece in pieces:
-            part = sequences.cut(start, start + piece)
-            out, cache = cache.read_and_extend(*part)
-            outputs.append(out)
-            start += piece
-        return jnp.concatenate(outputs, axis=1), cache
-
-    return through
+def subsets():
+    return SUBSETS
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +91,7 @@ def weights():
 
     def all_of(cache):
         sinks = jnp.arange(cache.config.sinks) < cache.lengths[:, None]
-        recent = jnp.arange(cache.config.recent) < cache.filled[:, None]
+        recent = jnp.arange(cache.config.num_recent) < cache.filled[:, None]
         middle = cache.middle.pairs.weights
         exact = (
             jnp.broadcast_to(part[:, None], (*middle.shape[:2], part.shape[-1]))

@@ -1,29 +1,56 @@
 """The cache: exact while everything fits, bounded afterwards, and every sequence by itself."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import coreset_jax as cj
 from coreset_jax.nn import CoresetCache, grouped
 
-STEPS = 5000
+STEPS = 2000
+FIT = 56
 
 
-@pytest.mark.parametrize(
-    "pieces",
-    [pytest.param([56], marks=pytest.mark.slow), [24, *[1] * 32], [1] * 56, [24, 24, 8]],
-    ids=["prompt", "prompt and steps", "steps", "chunks"],
-)
-def test_exact_while_everything_fits(sequences, empty_cache, read, pieces):
-    first = sequences.cut(0, 56)
-    outputs, cache = read(empty_cache(), first, pieces)
-    np.testing.assert_allclose(outputs, first.causal(), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(cache.lengths, 56)
-    held = np.sort(cache.positions, axis=-1)[..., -56:]
-    np.testing.assert_array_equal(held, np.broadcast_to(np.arange(56), held.shape))
+def ones(sequences, stop, start=0):
+    """The tokens of all sequences, one by one."""
+    for place in range(start, stop):
+        yield sequences.cut(place, place + 1)
+
+
+def test_exact_while_everything_fits(sequences, empty_cache):
+    expected = sequences.cut(0, FIT).causal()
+    singles = empty_cache()
+    for place, token in enumerate(ones(sequences, FIT)):
+        outputs, singles = singles.read_and_extend(*token)
+        np.testing.assert_allclose(outputs[:, 0], expected[:, place], rtol=1e-5, atol=1e-6)
+    chunks = empty_cache()
+    for start in range(0, FIT, 17):
+        starts = np.full(4, start)
+        counts = np.minimum(17, FIT - starts)
+        outputs, chunks = chunks.read_and_extend(*sequences.following(starts, 150), counts)
+        stop = start + counts[0]
+        found = outputs[:, : counts[0]]
+        np.testing.assert_allclose(found, expected[:, start:stop], rtol=1e-5, atol=1e-6)
+    for cache in (singles, chunks):
+        np.testing.assert_array_equal(cache.lengths, FIT)
+        held = np.sort(cache.positions, axis=-1)[..., -FIT:]
+        np.testing.assert_array_equal(held, np.broadcast_to(np.arange(FIT), held.shape))
+
+
+def test_padding_is_as_if_it_were_not_there(sequences, empty_cache):
+    lengths = np.array([3, FIT - 1, 40, 24])
+    outputs, cache = empty_cache().read_and_extend(*sequences, lengths)
+    following = sequences.following(lengths, 1)
+    after, cache = cache.read_and_extend(*following)
+    np.testing.assert_array_equal(cache.lengths, lengths + 1)
+    outputs, after = np.asarray(outputs), np.asarray(after)
+    for entry, count in enumerate(lengths.tolist()):
+        alone = sequences.entries(entry).cut(0, count + 1).causal()
+        np.testing.assert_allclose(outputs[[entry], :count], alone[:, :count], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(after[[entry]], alone[:, count:], rtol=1e-5, atol=1e-6)
 
 
 def test_thousands_of_steps_stay_bounded_and_weigh_what_has_come(config, empty_cache, weights):
@@ -52,30 +79,25 @@ def test_thousands_of_steps_stay_bounded_and_weigh_what_has_come(config, empty_c
     lengths = np.arange(1, STEPS + 1)[:, None, None]
     np.testing.assert_allclose(totals, np.broadcast_to(lengths, totals.shape), rtol=1e-5)
     np.testing.assert_array_equal(last.lengths, STEPS)
-    assert np.all(np.asarray(last.positions) >= 0)
+    full = np.sum(np.asarray(last.positions) >= 0, axis=-1)
+    assert np.all(full >= config.size - config.block_size // 2)
     assert np.asarray(last.middle.absorbed).max() == STEPS - config.sinks - last.filled[0]
-
-
-def test_a_jitted_step_is_traced_once(sequences, empty_cache):
-    chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(CoresetCache.read_and_extend, n=1))
-    cache = empty_cache()
-    for start in range(sequences.keys.shape[1]):
-        _, cache = step(cache, *sequences.cut(start, start + 1))
 
 
 def check_held(cache, sequences, weights):
     """Held pairs are those of the sequence at their positions; sinks and window are all there."""
     config = cache.config
+    weights, cache = np.asarray(weights(cache)), jax.tree.map(np.asarray, cache)
+    all_positions = np.asarray(cache.positions)
     parts = [
-        np.concatenate([np.asarray(part) for part in arrays], axis=2)
+        np.concatenate(arrays, axis=2)
         for arrays in zip(cache.sinks, cache.middle.pairs[:2], cache.recent, strict=True)
     ]
     for entry, head in np.ndindex(*parts[0].shape[:2]):
         length = int(cache.lengths[entry])
-        positions = np.asarray(cache.positions[entry, head])
+        positions = all_positions[entry, head]
         full = positions >= 0
-        np.testing.assert_array_equal(full, np.asarray(weights(cache)[entry, head]) > 0)
+        np.testing.assert_array_equal(full, weights[entry, head] > 0)
         held = positions[full]
         assert len(set(held)) == len(held)
         assert set(range(min(length, config.sinks))) <= set(held)
@@ -85,111 +107,98 @@ def check_held(cache, sequences, weights):
             np.testing.assert_array_equal(part[entry, head][full], source[entry, held, head])
 
 
-@pytest.mark.parametrize("piece", [pytest.param(1, marks=pytest.mark.slow), 5, 17])
-def test_held_pairs_are_those_of_the_sequence(config, sequences, empty_cache, weights, piece):
-    lengths = np.array([0, 3, 57, 90])
-    # Prompts as subsets: refitted values are not those of the sequence.
-    subsets = empty_cache(config.replace(compressor=cj.balanced()))
-    cache = subsets.prefill(*sequences[1:], lengths)
-    check_held(cache, sequences, weights)
-    while lengths.max() + piece <= sequences.keys.shape[1]:
-        cache = cache.append(*sequences.following(lengths, piece)[1:])
-        lengths += piece
-        if piece > 1 or lengths[0] % 10 == 0:
-            check_held(cache, sequences, weights)
+def test_held_pairs_are_those_of_the_sequence(sequences, empty_cache, subsets, weights):
+    nothing, some, ragged = np.zeros(4, int), np.array([0, 3, 57, 90]), np.array([17, 1, 5, 12])
+    single = empty_cache(), nothing, 1, np.ones(4, int)
+    prompted = empty_cache(subsets).prefill(*sequences[1:], some), some, 150, ragged
+    for cache, lengths, width, counts in (single, prompted):
+        check_held(cache, sequences, weights)
+        while np.all(lengths + counts <= sequences.keys.shape[1]):
+            cache = cache.append(*sequences.following(lengths, width)[1:], counts)
+            lengths = lengths + counts
+            if width > 1 or lengths[0] % 10 == 0:
+                check_held(cache, sequences, weights)
 
 
-@pytest.mark.slow
 def test_each_sequence_of_a_ragged_batch_is_read_as_if_alone(sequences, empty_cache):
     lengths = np.array([3, 150, 57, 30])
 
-    def run(cache, sequences, lengths):
-        outputs = cache.attend(*sequences, lengths)
-        cache = cache.prefill(*sequences[1:], lengths)
-        inside = np.arange(outputs.shape[1]) < lengths[:, None]
-        found = [np.where(inside[..., None, None], outputs, 0)]
+    def run(sequences, lengths):
+        _, cache = empty_cache().read_and_extend(*sequences, lengths)
+        found = []
         for step in range(40):
-            following = sequences.following(lengths + step, 1)
-            found.append(cache.attend(*following))
-            cache = cache.append(*following[1:])
-        return np.concatenate(found, axis=1), np.asarray(cache.positions)
+            outputs, cache = cache.read_and_extend(*sequences.following(lengths + step, 1))
+            found.append(np.asarray(outputs))
+        return np.stack(found), np.asarray(cache.positions)
 
-    outputs, positions = run(empty_cache(), sequences, lengths)
+    outputs, positions = run(sequences, lengths)
     for entry in range(len(lengths)):
-        alone = sequences.entries(entry)
-        expected, held = run(empty_cache(like=alone), alone, lengths[[entry]])
-        np.testing.assert_array_equal(positions[[entry]], held)
-        np.testing.assert_allclose(outputs[[entry]], expected, rtol=1e-5, atol=1e-5)
+        expected, held = run(sequences.copies(entry), lengths[[entry] * 4])
+        np.testing.assert_array_equal(positions[entry], held[entry])
+        np.testing.assert_allclose(outputs[:, entry], expected[:, entry], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_a_prompt_beside_running_sequences_is_compressed_at_once(sequences, empty_cache):
     running = np.array([0, 40, 0, 7])
-    cache = empty_cache().prefill(*sequences[1:], running)
-    _, mixed = cache.read_and_extend(*sequences)
+    everything = np.full(4, 150)
+
+    def run(sequences, running):
+        _, cache = empty_cache().read_and_extend(*sequences, running)
+        return cache.read_and_extend(*sequences, everything)
+
+    outputs, mixed = run(sequences, running)
     for entry, count in enumerate(running):
-        alone = sequences.entries(entry)
-        expected = empty_cache(like=alone)
-        if count:
-            expected = expected.prefill(*alone[1:], np.array([count])).append(*alone[1:])
-        else:
-            _, expected = expected.read_and_extend(*alone)
-        np.testing.assert_array_equal(mixed.positions[entry], expected.positions[0])
+        answers, expected = run(sequences.copies(entry), np.full(4, count))
+        np.testing.assert_array_equal(mixed.positions[entry], expected.positions[entry])
+        np.testing.assert_allclose(outputs[entry], answers[entry], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_prompts_are_read_a_few_queries_at_a_time(sequences, empty_cache, monkeypatch):
-    cache = empty_cache().prefill(*sequences[1:])
-    lengths = np.array([150, 3, 80, 149])
-    arguments = sequences.queries, sequences.keys, sequences.values, lengths
-    at_once = np.asarray(cache.attend(*arguments))
-    jax.clear_caches()
-    monkeypatch.setattr(grouped, "_SCORES", 2**15)
-    chunked = np.asarray(cache.attend(*arguments))
-    inside = np.arange(at_once.shape[1]) < lengths[:, None]
-    np.testing.assert_allclose(chunked[inside], at_once[inside], rtol=1e-5, atol=1e-6)
-    jax.clear_caches()
+def test_prompts_are_compressed_with_the_same_key_for_every_sequence(
+    sequences, empty_cache, subsets
+):
+    """What a sequence is batched with does not matter; heads have keys and options of their own."""
+    cache = empty_cache(subsets).prefill(*sequences[1:], np.full(4, 150))
+    rng = jax.random.fold_in(jax.random.wrap_key_data(cache.rng, impl="threefry2x32"), 0)
+    part = slice(subsets.sinks, 150 - subsets.num_recent)
+    compress = jax.jit(functools.partial(subsets.compressor, size=subsets.middle))
+    for keys, values, found in zip(*sequences[1:], cache.middle.pairs.positions, strict=True):
+        expected = compress(rng, *(array[part].swapaxes(0, 1) for array in (keys, values)))
+        np.testing.assert_array_equal(found, expected.indices + subsets.sinks)
+        np.testing.assert_array_equal(found[0], 4 + np.arange(40))
+        assert np.any(found[1] != found[0])
 
 
-def test_padding_is_as_if_it_were_not_there(sequences, empty_cache):
-    lengths = np.array([3, 56, 40, 24])
-    outputs, cache = empty_cache().read_and_extend(*sequences.cut(0, 56), lengths)
-    following = sequences.following(lengths, 1)
-    after = np.asarray(cache.attend(*following))
-    for entry, count in enumerate(lengths.tolist()):
-        alone = sequences.entries(entry).cut(0, count + 1).causal()
-        np.testing.assert_allclose(outputs[[entry], :count], alone[:, :count], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(after[[entry]], alone[:, count:], rtol=1e-5, atol=1e-6)
+def test_prompts_are_read_a_few_queries_at_a_time(sequences, monkeypatch):
+    queries = jnp.asarray(sequences.queries)
+    new = tuple(map(grouped.by_head, sequences[1:]))
+    held = *new, np.zeros((4, 1, new[0].shape[2]), np.float32)
+    at_once = grouped.attend(queries, [held], new, 0.3)
+    monkeypatch.setattr(grouped, "_SCORES", 2**17)
+    chunked = grouped.attend(queries, [held], new, 0.3)
+    np.testing.assert_allclose(chunked, at_once, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("filling", [np.nan, np.inf])
-def test_padding_may_hold_anything(sequences, empty_cache, filling):
+def test_padding_may_hold_anything(sequences, empty_cache):
     lengths, more = np.array([0, 3, 57, 150]), np.array([0, 17, 5, 16])
 
     def run(filling):
-        prompt = sequences.padded_with(lengths, filling)
-        caches = [empty_cache().prefill(*prompt[1:], lengths)]
-        outputs = [(empty_cache().attend(*prompt, lengths), lengths)]
-        part = sequences.cut(0, 17).padded_with(more, filling)
-        for _ in range(4):
-            outputs.append((caches[-1].attend(*part, more), more))
-            caches.append(caches[-1].append(*part[1:], more))
-        meant = [
-            [out[:count] for out, count in zip(np.asarray(each), counts, strict=True)]
-            for each, counts in outputs
-        ]
-        return meant, caches
+        outputs, cache = [], empty_cache()
+        for counts in (lengths, more, more):
+            padded = sequences.padded_with(counts, filling)
+            answers, cache = cache.read_and_extend(*padded, counts)
+            outputs += [out[:count] for out, count in zip(np.asarray(answers), counts, strict=True)]
+        return outputs, cache
 
-    chex.assert_trees_all_equal(run(filling), run(0.0))
+    expected = run(0.0)
+    for filling in (np.nan, np.inf):
+        chex.assert_trees_all_equal(run(filling), expected)
 
 
-@pytest.mark.slow
 def test_a_sequence_changes_no_other(sequences, empty_cache):
     """The batch compresses at other times, too: one of them has a longer prompt."""
 
     def run(sequences, lengths):
-        cache = empty_cache().prefill(*sequences[1:], lengths)
+        _, cache = empty_cache().read_and_extend(*sequences, lengths)
         for step in range(30):
             cache = cache.append(*sequences.following(lengths + step, 1)[1:])
         others = np.array([0, 2, 3])
@@ -205,32 +214,37 @@ def test_a_sequence_changes_no_other(sequences, empty_cache):
 
 def test_what_is_not_finite_is_never_lost(sequences, empty_cache):
     """The head answers NaN, from when it has come; the others do not."""
-    for which in (1, 2):
-        sick = sequences._replace(**{sequences._fields[which]: sequences[which].copy()})
-        sick[which][0, 50, 0, 0] = np.nan
-        asked = sequences.queries[:, :1]
-        expected = np.zeros(asked.shape[:3], bool)
+    all_of_it, short = np.full(4, 150), np.full(4, 30)
+    for name in sequences._fields:
+        sick = sequences._replace(**{name: getattr(sequences, name).copy()})
+        # Of the queries, the last ones are samples.
+        getattr(sick, name)[0, 149 if name == "queries" else 50, 0, 0] = np.nan
+        expected = np.zeros((4, 1, 4, 6), bool)
         expected[0, :, :2] = True
-        cache = empty_cache().prefill(*sick[1:], np.full(4, 150))
-        decoded = empty_cache()
-        for start in range(0, 136, 17):
-            cache = cache.append(*sequences.cut(start, start + 17)[1:])
-            decoded = decoded.append(*sick.cut(start, start + 17)[1:])
-        for each in (cache, decoded):
-            found = np.isnan(each.attend(asked))
-            np.testing.assert_array_equal(found, np.broadcast_to(expected[..., None], found.shape))
+        _, prompted = empty_cache().read_and_extend(*sick, all_of_it)
+        _, cache = prompted.read_and_extend(*sequences, all_of_it)
+        found = [cache]
+        if name != "queries":
+            # Behind a prompt that was sound.
+            _, decoded = empty_cache().read_and_extend(*sequences, short)
+            for _ in range(2):
+                _, decoded = decoded.read_and_extend(*sick, all_of_it)
+            found.append(decoded)
+        for each in found:
+            answers = each.attend(*sequences.cut(0, 1))
+            np.testing.assert_array_equal(np.isnan(answers), expected)
 
 
 def test_without_a_middle_older_pairs_are_dropped(config, sequences, empty_cache):
-    config = config.replace(size=config.sinks + config.recent)
-    cache = empty_cache(config).prefill(*sequences.cut(0, 100)[1:])
-    for start in range(100, 150):
-        cache = cache.append(*sequences.cut(start, start + 1)[1:])
+    config = config.replace(size=config.sinks + config.num_recent)
+    cache = empty_cache(config).prefill(*sequences[1:], np.full(4, 100))
+    for token in ones(sequences, 150, 100):
+        cache = cache.append(*token[1:])
     assert cache.positions.shape[-1] == config.size
     held = np.unique(cache.positions)
     held = held[held >= 0]
     np.testing.assert_array_equal(held[: config.sinks], np.arange(config.sinks))
-    assert config.window <= len(held) - config.sinks <= config.recent
+    assert config.window <= len(held) - config.sinks <= config.num_recent
     np.testing.assert_array_equal(held[config.sinks :], 150 - np.arange(len(held) - 4, 0, -1))
     kept = type(sequences)(
         sequences.queries[:, -len(held) :], sequences.keys[:, held], sequences.values[:, held]

@@ -10,23 +10,22 @@ import safetensors.flax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import coreset_jax as cj
-from coreset_jax.coreset import gather
 from coreset_jax.nn import CacheConfig, CoresetCache
+from tests.stream import compressors
 
 
 @pytest.fixture(scope="module")
 def filled_cache(sequences, empty_cache):
-    return empty_cache().prefill(*sequences[1:], np.full(4, 150))
+    return empty_cache().read_and_extend(*sequences, np.full(4, 150))[1]
 
 
 def decode(cache, sequences, steps):
     """Decodes a step at a time, and returns the outputs and the cache behind them."""
     outputs = []
     for step in range(steps):
-        part = sequences.cut(step, step + 1)
-        outputs.append(cache.attend(*part))
-        cache = cache.append(*part[1:])
-    return jnp.concatenate(outputs, axis=1), cache
+        output, cache = cache.read_and_extend(*sequences.cut(step, step + 1))
+        outputs.append(np.asarray(output))
+    return np.concatenate(outputs, axis=1), cache
 
 
 def test_forks_do_not_disturb_each_other(sequences, filled_cache):
@@ -67,23 +66,24 @@ def test_zeros_are_an_empty_cache(sequences, empty_cache):
     """As Flax users make them, from the shapes of ``init``."""
     zeros = jax.tree.map(jnp.zeros_like, empty_cache())
     assert np.all(np.asarray(zeros.positions) == -1)
-    prompt = *sequences[1:], np.full(4, 150)
-    full = zeros.prefill(*prompt)
+    _, full = zeros.read_and_extend(*sequences, np.full(4, 150))
     for each, count in ((full, 64), (decode(zeros, sequences, 40)[1], 40)):
         assert np.all(np.sum(np.asarray(each.positions) >= 0, axis=-1) == count)
-        assert np.all(np.isfinite(each.attend(sequences.queries[:, :1])))
+        assert np.all(np.isfinite(each.attend(*sequences.cut(0, 1))))
 
 
-def test_donated_arrays_are_used_again(sequences, empty_cache):
-    step = jax.jit(CoresetCache.append, donate_argnums=0)
+def test_a_jitted_step_is_traced_once_and_takes_donated_arrays(sequences, empty_cache):
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(CoresetCache.read_and_extend, n=1), donate_argnums=0)
     rng = jax.random.key(1)
     cache = CoresetCache.init(empty_cache().config, rng, *sequences[1:])
-    expected = decode(cache, sequences, 30)[1]
-    for start in range(30):
+    outputs, expected = decode(cache, sequences, 80)
+    for place in range(80):
         old = cache
-        cache = step(cache, *sequences.cut(start, start + 1)[1:])
+        found, cache = step(cache, *sequences.cut(place, place + 1))
+        np.testing.assert_allclose(found[:, 0], outputs[:, place], rtol=1e-6, atol=1e-6)
         assert old.recent.keys.is_deleted()
-    chex.assert_trees_all_equal(cache, expected)
+    chex.assert_trees_all_equal(cache.positions, expected.positions)
     jax.random.key_data(rng).block_until_ready()
 
 
@@ -148,11 +148,11 @@ def test_a_batch_may_be_sharded(sequences, empty_cache):
 def test_half_precision_is_kept(sequences, empty_cache):
     halves = type(sequences)(*(jnp.asarray(array, jnp.bfloat16) for array in sequences))
     empty = empty_cache(like=halves)
-    outputs = empty.attend(*halves.cut(0, 56))
+    outputs, cache = decode(empty, halves, 100)
     assert outputs.dtype == jnp.bfloat16
     expected = halves.cut(0, 56).causal()
-    np.testing.assert_allclose(outputs.astype(np.float32), expected, rtol=2**-7, atol=2**-9)
-    outputs, cache = decode(empty, halves, 100)
+    found = outputs[:, :56].astype(np.float32)
+    np.testing.assert_allclose(found, expected, rtol=2**-7, atol=2**-9)
     chex.assert_trees_all_equal_shapes_and_dtypes(cache, empty)
     assert cache.middle.pairs.keys.dtype == cache.middle.pairs.values.dtype == jnp.bfloat16
     assert np.all(np.isfinite(outputs.astype(np.float32)))
@@ -164,39 +164,24 @@ def test_half_precision_is_kept(sequences, empty_cache):
 def test_double_precision_mode_changes_no_dtype(sequences, empty_cache, x64):
     def run(cache):
         _, prompted = cache.read_and_extend(*sequences)
-        _, extended = prompted.read_and_extend(*sequences.cut(0, 17))
-        return prompted, extended.read_and_extend(*sequences.cut(0, 1))[1]
+        return prompted, prompted.read_and_extend(*sequences.cut(0, 1))[1]
 
     cache = empty_cache()
     for each in jax.eval_shape(run, cache):
         chex.assert_trees_all_equal_shapes_and_dtypes(each, cache)
 
 
-def newest(rng, keys, values, *, size, lengths=None, queries=None):
-    """A user's own compressor: the newest pairs, of equal weights."""
-    del rng, queries
-    count = keys.shape[-2]
-    size = min(size, count)
-    lengths = jnp.full(keys.shape[:-2], count) if lengths is None else lengths
-    indices = jnp.arange(size) + jnp.maximum(lengths - size, 0)[..., None]
-    indices = jnp.where(indices < lengths[..., None], indices, -1)
-    log_weights = jnp.log(lengths / jnp.minimum(lengths, size))[..., None] + jnp.zeros(size)
-    return gather(keys, values, indices, log_weights)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "compressor",
+    "make",
     [
-        cj.baselines.uniform(),
-        cj.baselines.balance_kv(block_size=8),
-        cj.balanced(block_size=8, landmarks=8, max_swaps=2),
-        newest,
+        lambda: cj.baselines.balance_kv(block_size=8),
+        lambda: cj.balanced(block_size=8, landmarks=8, max_swaps=2),
     ],
-    ids=["uniform", "balance_kv", "balanced", "own"],
+    ids=["balance_kv", "balanced"],
 )
-def test_every_compressor_plugs_in(sequences, empty_cache, config, weights, compressor):
-    cache = empty_cache(config.replace(compressor=compressor))
+def test_every_subset_method_plugs_in(sequences, empty_cache, config, weights, make):
+    cache = empty_cache(config.replace(compressor=make()))
     cache = cache.prefill(*sequences[1:], np.array([3, 150, 57, 90]))
     _, cache = decode(cache, sequences, 30)
     np.testing.assert_allclose(
@@ -211,28 +196,33 @@ def test_every_compressor_plugs_in(sequences, empty_cache, config, weights, comp
 
 def test_compressors_are_handed_the_last_queries(sequences, empty_cache, config):
     seen = []
-
-    def note(queries):
-        seen.append(np.asarray(queries))
-
-    def asking(rng, keys, values, *, size, lengths=None, queries=None):
-        if queries is not None:
-            assert queries.shape == (2, 2 * config.window, 8)
-            jax.debug.callback(note, queries)
-        return newest(rng, keys, values, size=size, lengths=lengths)
-
+    compressor = compressors.sampled(note=lambda queries: seen.append(np.asarray(queries)))
     lengths = np.array([0, 3, 57, 150])
     queries = np.where(
         (np.arange(150) < lengths[:, None])[..., None, None], sequences.queries, np.nan
     )
-    cache = empty_cache(config.replace(compressor=asking))
+    cache = empty_cache(config.replace(compressor=compressor))
     cache.read_and_extend(queries, *sequences[1:], lengths)[1].lengths.block_until_ready()
     jax.effects_barrier()
-    assert len(seen) == 4
+    assert np.shape(seen) == (8, 2 * config.window, 8)
     assert np.all(np.isfinite(seen))
     last = queries[3, -config.window :].reshape(config.window, 2, 2, 8)
-    expected = last.transpose(1, 2, 0, 3).reshape(2, 2 * config.window, 8)
-    assert any(np.array_equal(each, expected) for each in seen)
+    for head in range(2):
+        expected = last[:, head].swapaxes(0, 1).reshape(2 * config.window, 8)
+        assert any(np.array_equal(each, expected) for each in seen)
+
+
+def test_equal_options_share_their_programs(config):
+    def make(skew):
+        return config.replace(compressor=compressors.sampled(skew=np.array([1.0, skew])))
+
+    one, same, other = make(2.0), make(2.0), make(3.0)
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != other
+    chex.clear_trace_counter()
+    read = jax.jit(chex.assert_max_traces(lambda config: config.size, n=1), static_argnums=0)
+    assert read(one) == read(same) == one.size
 
 
 @pytest.mark.parametrize(
@@ -248,7 +238,10 @@ def test_compressors_are_handed_the_last_queries(sequences, empty_cache, config)
         ({"landmarks": 0}, "landmarks"),
         ({"query_norm": -1.0}, "query_norm"),
         ({"scale": np.nan}, "scale"),
-        ({"compressor": "uniform"}, "compressor"),
+        ({"compressor": "uniform"}, "compressor must be a Compressor"),
+        ({"compressor": compressors.signed()}, "compressor signed .* weights"),
+        ({"compressor": compressors.fitting()}, "compressor .* subsets"),
+        ({"compressor": compressors.asking()}, "compressor .* queries"),
         ({"max_length": 0}, "max_length"),
     ],
 )
@@ -292,3 +285,6 @@ def test_bad_arguments_are_refused(sequences, empty_cache, config):
             call(*arguments)
     with pytest.raises(ValueError, match="values"):
         CoresetCache.init(CacheConfig(size=512), jax.random.key(0), keys, values[:, :, :1])
+    odd = CacheConfig(size=512, compressor=compressors.sampled(skew=np.ones(3)))
+    with pytest.raises(ValueError, match="skew"):
+        CoresetCache.init(odd, jax.random.key(0), keys, values)

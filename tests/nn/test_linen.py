@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 from flax import linen, serialization
 
+from coreset_jax.nn import CacheConfig
 from coreset_jax.nn.linen import CoresetAttention
 from coreset_jax.nn.rotary import rotate
+from tests.stream import compressors
 
 BATCH, LENGTH, FEATURES, HEADS = 2, 40, 24, 4
-CACHE = {"size": 64, "sinks": 4, "window": 12, "block_size": 8}
-PIECES = {
-    "prompt": [40],
-    "prompt and steps": [24, *[1] * 16],
-    "steps": [1] * 40,
-    "chunks": [8] * 5,
-}
+# Room for everything, and nothing to compress: quick to compile.
+CACHE = {"size": 64, "sinks": 4, "window": 52, "block_size": 8}
+# A prompt, steps, and several tokens at a time.
+PIECES = [24, *[1] * 8, 8]
 OPTIONS = {
     "default": {},
     "normalized": {"normalize_qk": True, "use_bias": False},
@@ -41,7 +40,7 @@ def plain(**options):
 
 def ours(**options):
     return CoresetAttention(
-        num_heads=HEADS, bias_init=linen.initializers.normal(), **CACHE, **options
+        num_heads=HEADS, bias_init=linen.initializers.normal(), **{**CACHE, **options}
     )
 
 
@@ -67,41 +66,27 @@ def decode(module, params, inputs, pieces, lengths=None):
     return np.concatenate(outputs, axis=1), cache["coreset"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
-def test_decodes_like_the_plain_module_while_everything_fits(inputs, pieces):
-    params = plain().init(jax.random.key(1), inputs)["params"]
-    expected = plain().apply(
-        {"params": params}, inputs, mask=linen.make_causal_mask(inputs[..., 0])
-    )
-    found, cache = decode(ours(decode=True), params, inputs, pieces)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(cache.lengths, LENGTH)
-
-
-@pytest.mark.parametrize("options", list(OPTIONS.values())[1:], ids=list(OPTIONS)[1:])
-def test_takes_the_options_of_the_plain_module(inputs, options):
-    params = plain(**options).init(jax.random.key(1), inputs)["params"]
-    mask = linen.make_causal_mask(inputs[..., 0])
-    expected = plain(**options).apply({"params": params}, inputs, mask=mask)
-    found, _ = decode(ours(decode=True, **options), params, inputs, PIECES["chunks"])
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_without_decode_it_is_the_plain_module(inputs, options):
+def test_decodes_and_learns_like_the_plain_module(inputs, options):
     variables = plain(**options).init(jax.random.key(1), inputs)
     chex.assert_trees_all_equal(ours(**options).init(jax.random.key(1), inputs), variables)
     mask = linen.make_causal_mask(inputs[..., 0])
 
-    def loss(variables, module):
-        return jnp.sum(jnp.sin(module.apply(variables, inputs, mask=mask)))
+    @functools.partial(jax.jit, static_argnums=1)
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def learn(variables, module):
+        outputs = module.apply(variables, inputs, mask=mask)
+        return jnp.sum(jnp.sin(outputs)), outputs
 
-    expected, gradients = jax.value_and_grad(loss)(variables, plain(**options))
-    found, our_gradients = jax.value_and_grad(loss)(variables, ours(**options))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    chex.assert_trees_all_close(our_gradients, gradients, rtol=1e-5, atol=1e-6)
+    (_, expected), gradients = learn(variables, plain(**options))
+    (_, outputs), our_gradients = learn(variables, ours(**options))
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(our_gradients, gradients, rtol=1e-5, atol=1e-5)
     assert np.any(gradients["params"]["query"]["kernel"])
+    pieces = PIECES if options == OPTIONS["default"] else [8] * 5
+    found, cache = decode(ours(decode=True, **options), variables["params"], inputs, pieces)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(cache.lengths, LENGTH)
 
 
 def test_drops_out_and_sows_like_the_plain_module(inputs):
@@ -116,8 +101,7 @@ def test_drops_out_and_sows_like_the_plain_module(inputs):
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("decoding", [False, True])
-def test_groups_and_rotary_positions_against_a_direct_computation(inputs, decoding):
+def test_groups_and_rotary_positions_against_a_direct_computation(inputs):
     options = {"num_kv_heads": 2, "rope_base": 100.0}
     params = ours(**options).init(jax.random.key(1), inputs)["params"]
     query, key, value = (
@@ -129,12 +113,17 @@ def test_groups_and_rotary_positions_against_a_direct_computation(inputs, decodi
     heads = jax.nn.dot_product_attention(query, key, value, is_causal=True)
     out = params["out"]
     expected = jnp.einsum("bnhd,hdf->bnf", heads, out["kernel"]) + out["bias"]
-    if decoding:
-        found, _ = decode(ours(decode=True, **options), params, inputs, PIECES["chunks"])
-    else:
-        mask = linen.make_causal_mask(inputs[..., 0])
-        found = ours(**options).apply({"params": params}, inputs, mask=mask)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    mask = linen.make_causal_mask(inputs[..., 0])
+    at_once = ours(**options).apply({"params": params}, inputs, mask=mask)
+    decoding = ours(decode=True, **options)
+    stepwise, _ = decode(decoding, params, inputs, [8] * 5)
+    for found in (at_once, stepwise):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    # Of a ragged batch, each sequence has its own places.
+    lengths = jnp.array([8, 5])
+    found, cache = decode(decoding, params, inputs[:, :8], [8], lengths)
+    np.testing.assert_array_equal(cache.lengths, lengths)
+    np.testing.assert_allclose(found[1, :5], expected[1, :5], rtol=1e-5, atol=1e-6)
 
 
 def test_init_makes_an_empty_cache_and_leaves_it_empty(inputs):
@@ -156,7 +145,7 @@ def test_init_makes_an_empty_cache_and_leaves_it_empty(inputs):
 
 
 def test_many_steps_keep_shapes_and_lengths(inputs):
-    module = ours(decode=True, num_kv_heads=2)
+    module = ours(decode=True, num_kv_heads=2, window=12)
     params = ours(num_kv_heads=2).init(jax.random.key(1), inputs)["params"]
     long = jnp.tile(inputs, (1, 5, 1))
     outputs, cache = decode(module, params, long, [1] * 200)
@@ -167,15 +156,11 @@ def test_many_steps_keep_shapes_and_lengths(inputs):
     chex.assert_trees_all_equal(restored, cache)
 
 
-@pytest.mark.slow
-def test_ragged_batches_are_read_by_their_lengths(inputs):
-    module = ours(decode=True, rope_base=100.0)
-    params = ours().init(jax.random.key(1), inputs)["params"]
-    lengths = jnp.array([16, 9])
-    found, cache = decode(module, params, inputs[:, :16], [16], lengths)
-    np.testing.assert_array_equal(cache.lengths, lengths)
-    alone, _ = decode(module, params, inputs[1:, :9], [9])
-    np.testing.assert_allclose(found[1:, :9], alone, rtol=1e-5, atol=1e-6)
+def test_takes_the_options_of_a_cache(inputs):
+    options = {**CACHE, "landmarks": 3, "query_norm": 2.0, "compressor": compressors.sampled()}
+    module = CoresetAttention(HEADS, decode=True, **options)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)
+    assert shapes["cache"]["coreset"].config == CacheConfig(max_length=LENGTH, **options)
 
 
 def test_wrong_use_is_refused(inputs):

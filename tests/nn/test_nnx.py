@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from coreset_jax.nn import CacheConfig
 from coreset_jax.nn.nnx import CoresetAttention
 from coreset_jax.nn.rotary import rotate
+from tests.stream import compressors
 
 BATCH, LENGTH, FEATURES, HEADS = 2, 40, 24, 4
-CACHE = {"size": 64, "sinks": 4, "window": 12, "block_size": 8}
-PIECES = {
-    "prompt": [40],
-    "prompt and steps": [24, *[1] * 16],
-    "steps": [1] * 40,
-    "chunks": [8] * 5,
-}
+# Room for everything, and nothing to compress: quick to compile.
+CACHE = {"size": 64, "sinks": 4, "window": 52, "block_size": 8}
+# A prompt, steps, and several tokens at a time.
+PIECES = [24, *[1] * 8, 8]
 OPTIONS = {
     "grouped": {"num_kv_heads": 2},
     "normalized": {"num_kv_heads": 2, "normalize_qk": True, "use_bias": False},
@@ -31,14 +30,13 @@ def inputs():
     return jnp.asarray(rng.standard_normal((BATCH, LENGTH, FEATURES)), jnp.float32)
 
 
-def pair(rope_base=None, **options):
+def pair(**options):
     """A plain module, and one of ours with its weights."""
+    held = {name: options.pop(name) for name in ("rope_base", "window") if name in options}
     plain = nnx.MultiHeadAttention(
         HEADS, FEATURES, bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0), **options
     )
-    ours = CoresetAttention(
-        HEADS, FEATURES, rope_base=rope_base, rngs=nnx.Rngs(1), **CACHE, **options
-    )
+    ours = CoresetAttention(HEADS, FEATURES, rngs=nnx.Rngs(1), **{**CACHE, **held}, **options)
     nnx.update(ours, nnx.state(plain, nnx.Param))
     return plain, ours
 
@@ -57,63 +55,49 @@ def decode(module, inputs, pieces):
     return np.concatenate(outputs, axis=1)
 
 
-@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
-def test_decodes_like_the_plain_module_while_everything_fits(inputs, pieces):
-    plain, ours = pair(num_kv_heads=2)
-    expected = plain(inputs, mask=nnx.make_causal_mask(inputs[..., 0]), decode=False)
-    np.testing.assert_allclose(decode(ours, inputs, pieces), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("options", list(OPTIONS.values())[1:], ids=list(OPTIONS)[1:])
-def test_takes_the_options_of_the_plain_module(inputs, options):
-    plain, ours = pair(**options)
-    expected = plain(inputs, mask=nnx.make_causal_mask(inputs[..., 0]), decode=False)
-    found = decode(ours, inputs, PIECES["chunks"])
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_without_decode_it_is_the_plain_module(inputs, options):
+def test_decodes_and_learns_like_the_plain_module(inputs, options):
     plain, ours = pair(**options)
     mask = nnx.make_causal_mask(inputs[..., 0])
 
-    def loss(module):
-        return jnp.sum(jnp.sin(module(inputs, mask=mask, decode=False)))
+    @nnx.jit
+    def learn(module):
+        def loss(module):
+            outputs = module(inputs, mask=mask, decode=False)
+            return jnp.sum(jnp.sin(outputs)), outputs
 
-    expected, gradients = nnx.value_and_grad(loss)(plain)
-    found, ours_gradients = nnx.value_and_grad(loss)(ours)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    chex.assert_trees_all_close(
-        nnx.to_pure_dict(ours_gradients), nnx.to_pure_dict(gradients), rtol=1e-5, atol=1e-6
-    )
-    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(nnx.to_pure_dict(gradients["out"])))
+        return nnx.value_and_grad(loss, has_aux=True)(module)
+
+    (_, expected), gradients = learn(plain)
+    (_, outputs), ours_gradients = learn(ours)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+    gradients, ours_gradients = map(nnx.to_pure_dict, (gradients, ours_gradients))
+    chex.assert_trees_all_close(ours_gradients, gradients, rtol=1e-5, atol=1e-5)
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradients["out"]))
+    pieces = PIECES if options == OPTIONS["grouped"] else [8] * 5
+    np.testing.assert_allclose(decode(ours, inputs, pieces), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("decoding", [False, True])
-def test_rotary_positions_are_those_of_the_sequence(inputs, decoding):
+def test_rotary_positions_are_those_of_the_sequence(inputs):
     plain, ours = pair(rope_base=100.0, num_kv_heads=2)
     places = jnp.arange(LENGTH)[None]
     query, key = (rotate(part(inputs), places, 100.0) for part in (plain.query, plain.key))
     heads = jax.nn.dot_product_attention(query, key, plain.value(inputs), is_causal=True)
-    found = decode(ours, inputs, PIECES["chunks"]) if decoding else ours(inputs, is_causal=True)
-    np.testing.assert_allclose(found, plain.out(heads), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_ragged_batches_are_read_by_their_lengths(inputs):
-    _, ours = pair(rope_base=100.0, num_kv_heads=2)
-    lengths = jnp.array([16, 9])
+    for found in (decode(ours, inputs, [8] * 5), ours(inputs, is_causal=True)):
+        np.testing.assert_allclose(found, plain.out(heads), rtol=1e-5, atol=1e-6)
+    # Of a ragged batch, each sequence has its own.
+    lengths = jnp.array([8, 5])
     ours.init_cache(inputs.shape)
-    step(ours, inputs[:, :16], lengths)
-    found = step(ours, inputs[:, 16:17])
-    np.testing.assert_array_equal(ours.cache.get_value().lengths, lengths + 1)
-    alone = jnp.concatenate([inputs[1:, :9], inputs[1:, 16:17]], axis=1)
-    expected = ours(alone, is_causal=True)[:, -1:]
+    step(ours, inputs[:, :8], lengths)
+    found = step(ours, inputs[:, 16:24])
+    np.testing.assert_array_equal(ours.cache.get_value().lengths, lengths + 8)
+    alone = jnp.concatenate([inputs[1:, :5], inputs[1:, 16:24]], axis=1)
+    expected = ours(alone, is_causal=True)[:, 5:]
     np.testing.assert_allclose(found[1:], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_many_steps_are_traced_once_and_keep_their_shapes(inputs):
-    _, ours = pair(num_kv_heads=2)
+    _, ours = pair(num_kv_heads=2, window=12)
     ours.init_cache((BATCH, 1000, FEATURES))
     before = jax.tree.map(jnp.zeros_like, ours.cache.get_value())
     chex.clear_trace_counter()
@@ -126,7 +110,6 @@ def test_many_steps_are_traced_once_and_keep_their_shapes(inputs):
     np.testing.assert_array_equal(after.lengths, 200)
 
 
-@pytest.mark.slow
 def test_half_precision_modules_keep_half_precision_caches(inputs):
     _, ours = pair(num_kv_heads=2, dtype=jnp.bfloat16)
     ours.init_cache((BATCH, LENGTH, FEATURES), jnp.bfloat16)
@@ -164,3 +147,13 @@ def test_wrong_use_is_refused(inputs):
         CoresetAttention(HEADS, 12, rope_base=1e4, rngs=nnx.Rngs(0), **CACHE)
     with pytest.raises(ValueError, match="size"):
         CoresetAttention(HEADS, FEATURES, size=10, rngs=nnx.Rngs(0))
+    for options, named in (({}, "size"), ({**CACHE, "scale": 1.0}, "scale")):
+        with pytest.raises(TypeError, match=named):
+            CoresetAttention(HEADS, FEATURES, rngs=nnx.Rngs(0), **options)
+
+
+def test_takes_the_options_of_a_cache():
+    options = {**CACHE, "landmarks": 3, "query_norm": 2.0, "compressor": compressors.sampled()}
+    module = CoresetAttention(HEADS, FEATURES, HEADS * 8, rngs=nnx.Rngs(0), **options)
+    assert module.cache_config == CacheConfig(**options)
+    assert module.qkv_features == HEADS * 8

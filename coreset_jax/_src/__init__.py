@@ -1,0 +1,1 @@
+"""The implementation, in rooms; what is public stands above it, in ``coreset_jax`` itself."""

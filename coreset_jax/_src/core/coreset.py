@@ -1,0 +1,217 @@
+"""The coreset: a few weighted pairs in place of a cache, and what is done with its slots."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from coreset_jax._src import checks
+from coreset_jax._src.attention import attention
+from coreset_jax._src.precision import accumulation_dtype
+
+
+class Coreset(NamedTuple):
+    """A few weighted key-value pairs that answer like the cache they were taken from.
+
+    Attributes:
+      keys: kept keys ``[..., m, d]``, bit-identical to the source for a subset.
+      values: kept values ``[..., m, dv]``.
+      log_weights: natural logarithm of how many source pairs each stands for ``[..., m]``, so that
+        pairs of the sequence can be put behind them with a log-weight of 0; ``-inf`` in an empty
+        slot; NaN throughout a head whose source held a NaN or an infinity.
+      indices: positions in the source ``[..., m]``, int32, distinct, ascending; -1 in an
+        empty slot.
+    """
+
+    keys: Float[Array, "*heads m d"]
+    values: Float[Array, "*heads m dv"]
+    log_weights: Float[Array, "*heads m"]
+    indices: Int[Array, "*heads m"]
+
+
+class SignedCoreset(NamedTuple):
+    """A coreset whose pairs enter the denominator with numbers of their own, of any sign.
+
+    Attributes:
+      keys: as in a :class:`Coreset`.
+      values: what stands for a pair in the numerator, ``[..., m, dv]``.
+      log_weights: as in a :class:`Coreset`.
+      indices: as in a :class:`Coreset`.
+      normalizers: what stands for it in the denominator in place of one, ``[..., m]``.
+    """
+
+    keys: Float[Array, "*heads m d"]
+    values: Float[Array, "*heads m dv"]
+    log_weights: Float[Array, "*heads m"]
+    indices: Int[Array, "*heads m"]
+    normalizers: Float[Array, "*heads m"]
+
+
+AnyCoreset = TypeVar("AnyCoreset", Coreset, SignedCoreset)
+
+
+def normalizers(coreset: Coreset | SignedCoreset) -> Float[Array, "*heads m"]:
+    """What pairs enter the denominator with, beside their weights: ones for a plain coreset."""
+    if isinstance(coreset, SignedCoreset):
+        return coreset.normalizers
+    return jnp.ones_like(coreset.log_weights)
+
+
+def gather(
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    indices: Int[Array, "*heads m"],
+    log_weights: Float[Array, "*heads m"],
+) -> Coreset:
+    """The coreset of the pairs at ``indices``.
+
+    Args:
+      keys: source keys ``[..., n, d]``.
+      values: source values ``[..., n, dv]``.
+      indices: positions ``[..., m]``; -1 leaves a slot empty (zeros, weight zero).
+      log_weights: natural logarithms of the weights ``[..., m]``.
+
+    Raises:
+      ValueError: if ``indices`` are not integers or the shapes do not fit.
+    """
+    checks.check_cache(keys, values)
+    checks.check_indices(indices, keys)
+    if log_weights.shape != indices.shape:
+        raise ValueError(
+            "log_weights must have the shape of indices; "
+            f"got log_weights {log_weights.shape} and indices {indices.shape}."
+        )
+    rows = jnp.maximum(indices, 0)[..., None]
+    taken = (jnp.take_along_axis(source, rows, axis=-2) for source in (keys, values))
+    return emptied(Coreset(*taken, log_weights, indices.astype(jnp.int32)), indices < 0)
+
+
+def emptied(coreset: AnyCoreset, slots: Array) -> AnyCoreset:
+    """The coreset with some slots empty.
+
+    Args:
+      coreset: any coreset.
+      slots: which ones, to be broadcast to ``[..., m]``.
+    """
+    filling = {"log_weights": -jnp.inf, "indices": -1}
+
+    def empty(name: str, leaf: Array) -> Array:
+        mask = slots.reshape(*slots.shape, *(1,) * (leaf.ndim - coreset.indices.ndim))
+        return jnp.where(mask, jnp.asarray(filling.get(name, 0), leaf.dtype), leaf)
+
+    return coreset._replace(**{name: empty(name, leaf) for name, leaf in coreset._asdict().items()})
+
+
+def whole_cache(
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    lengths: Int[Array, "*heads"] | None = None,
+) -> Coreset:
+    """The cache itself as a coreset: every valid pair with weight one.
+
+    Args:
+      keys: keys ``[..., n, d]``.
+      values: values ``[..., n, dv]``.
+      lengths: valid pairs of each head ``[...]``; ``None`` means all.
+    """
+    dtype = accumulation_dtype(keys, values)
+    positions = jax.lax.broadcasted_iota(jnp.int32, keys.shape[:-1], keys.ndim - 2)
+    whole = Coreset(keys, values, jnp.zeros_like(keys[..., 0], dtype), positions)
+    if lengths is None:
+        return whole
+    return emptied(whole, positions >= jnp.asarray(lengths)[..., None])
+
+
+def padded(coreset: AnyCoreset, size: int) -> AnyCoreset:
+    """The coreset with empty slots behind its own; a head that is NaN has NaN there too.
+
+    Args:
+      coreset: any coreset, ``[..., m]``.
+      size: slots that it shall have, at least ``m``.
+    """
+    slots = coreset.indices.shape[-1]
+    if slots == size:
+        return coreset
+    broken = jnp.any(jnp.isnan(coreset.log_weights), axis=-1, keepdims=True)
+
+    def pad(leaf: Array) -> Array:
+        widths = [(0, 0)] * leaf.ndim
+        widths[coreset.indices.ndim - 1] = (0, size - slots)
+        return jnp.pad(leaf, widths)
+
+    wide = emptied(jax.tree.map(pad, coreset), jnp.arange(size) >= slots)
+    return wide._replace(log_weights=jnp.where(broken, jnp.nan, wide.log_weights))
+
+
+def concatenated(parts: Sequence[AnyCoreset], size: int) -> AnyCoreset:
+    """One coreset of those of disjoint parts of a head, one behind the other.
+
+    Args:
+      parts: coresets ``[..., m_i]``; their empty slots stay where they are, see :func:`packed`.
+      size: slots of the result, at least the sum of the ``m_i``.
+    """
+    axis = parts[0].indices.ndim - 1
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=axis), *parts)
+    return padded(joined, size)
+
+
+def packed(coreset: AnyCoreset) -> AnyCoreset:
+    """The coreset with its empty slots last, the others in their order."""
+    order = jnp.argsort(coreset.indices < 0, axis=-1, stable=True)
+
+    def arrange(leaf: Array) -> Array:
+        spots = order.reshape(*order.shape, *(1,) * (leaf.ndim - order.ndim))
+        return jnp.take_along_axis(leaf, spots, axis=order.ndim - 1)
+
+    return jax.tree.map(arrange, coreset)
+
+
+def attend(
+    queries: Float[Array, "*heads q d"],
+    coreset: Coreset | SignedCoreset,
+    *,
+    scale: ArrayLike | None = None,
+    block_size: int | None = None,
+) -> Float[Array, "*heads q dv"]:
+    r"""Attention of queries over a coreset, in place of the cache that it stands for.
+
+    .. math::
+       \mathrm{Attn}'(q) = \frac{\sum_i w_i e^{\mathrm{scale}\langle q,k_i\rangle} v_i}
+                                {\sum_i w_i z_i e^{\mathrm{scale}\langle q,k_i\rangle}}
+
+    with :math:`z_i = 1` unless the coreset is signed and carries normalizers.
+
+    Args:
+      queries: queries ``[..., q, d]`` with the leading axes of the coreset.
+      coreset: any compressor's result.
+      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      block_size: pairs per step, see :func:`coreset_jax.attention`.
+
+    Returns:
+      Outputs ``[..., q, dv]`` in the dtype of the coreset's values.
+
+    Raises:
+      ValueError: if the queries do not fit the coreset's keys.
+
+    >>> import jax, jax.numpy as jnp, coreset_jax as cj
+    >>> keys, values = jax.random.normal(jax.random.key(0), (2, 512, 16))
+    >>> coreset = cj.compress(jax.random.key(1), keys, values, size=64)
+    >>> cj.attend(keys[:3], coreset).shape
+    (3, 16)
+    """
+    columns = coreset.values
+    if isinstance(coreset, SignedCoreset):
+        # One more value column carries the denominator, so that any softmax kernel can serve it.
+        dtype = accumulation_dtype(coreset.keys, coreset.values)
+        columns = jnp.concatenate(
+            [each.astype(dtype) for each in (columns, coreset.normalizers[..., None])], axis=-1
+        )
+    output = attention(
+        queries, coreset.keys, columns, coreset.log_weights, scale=scale, block_size=block_size
+    )
+    if isinstance(coreset, SignedCoreset):
+        output = output[..., :-1] / output[..., -1:]
+    return output.astype(coreset.values.dtype)

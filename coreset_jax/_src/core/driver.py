@@ -1,0 +1,173 @@
+"""From a call with many heads to pure functions of one: the only place that knows of both.
+
+A call is checked once, before anything is traced. Then one program is compiled for its shapes: every
+head gets a number, options and a random key of its own, is masked and standardized, and goes through
+the compressor; as many heads at a time as memory allows.
+"""
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from coreset_jax._src import checks
+from coreset_jax._src.core.coreset import Coreset, packed
+from coreset_jax._src.core.head import Head
+from coreset_jax._src.core.info import Info
+from coreset_jax._src.core.turns import over_axes
+from coreset_jax._src.precision import accumulation_dtype
+
+
+class Cache(NamedTuple):
+    """Keys and values of all heads, checked.
+
+    Attributes:
+      rng: a JAX random key.
+      keys: keys ``[..., n, d]``.
+      values: values ``[..., n, dv]``.
+      lengths: valid pairs of each head ``[...]``; ``None`` means all.
+      queries: sample queries ``[..., q, d]``, or ``None``.
+      measured: whether the errors of fits are wanted; not to be traced.
+    """
+
+    rng: Array
+    keys: Float[Array, "*heads n d"]
+    values: Float[Array, "*heads n dv"]
+    lengths: Int[Array, "*heads"] | None
+    queries: Float[Array, "*heads q d"] | None
+    measured: bool
+
+    @property
+    def numbers(self) -> Int[Array, "*heads"]:
+        """The flat index of every head, int32: what its random numbers are named after.
+
+        Made from the keys, so that they are sharded alike: ``jax.vmap`` asks that of axes it maps.
+        """
+        numbers = jnp.zeros_like(self.keys[..., 0, 0], jnp.int32)
+        for axis, width in enumerate(numbers.shape):
+            numbers = numbers * width + jax.lax.broadcasted_iota(jnp.int32, numbers.shape, axis)
+        return numbers
+
+    @property
+    def counts(self) -> Int[Array, "*heads"]:
+        """Valid pairs of each head, int32, sharded as the keys are."""
+        count = self.keys.shape[-2] if self.lengths is None else self.lengths
+        return jnp.zeros_like(self.keys[..., 0, 0], jnp.int32) + jnp.asarray(count).astype(
+            jnp.int32
+        )
+
+
+class Method(Protocol):
+    """What the driver asks of a compressor; see :class:`coreset_jax.Compressor`."""
+
+    @property
+    def query_ball(self) -> Any: ...  # noqa: D102
+
+    @property
+    def reads_queries(self) -> bool: ...  # noqa: D102
+
+    @property
+    def fills_slots(self) -> bool: ...  # noqa: D102
+
+    def check_call(self, keys: Any, size: int, queries: Any) -> None: ...  # noqa: D102
+
+    def on_head(self, head: Head, size: int) -> tuple[Coreset, Info]: ...  # noqa: D102
+
+    def on_heads(self, cache: Cache, size: int) -> tuple[Coreset, Info]: ...  # noqa: D102
+
+
+def check_arguments(
+    compressor: Method, keys: Any, values: Any, size: Any, lengths: Any, queries: Any
+) -> None:
+    """Raises ``ValueError`` unless a call can be answered; see :class:`coreset_jax.Compressor`."""
+    checks.check_cache(keys, values)
+    checks.check_size(size)
+    checks.check_lengths(lengths, keys)
+    if queries is not None:
+        checks.check_queries(queries, keys)
+    compressor.check_call(keys, int(size), queries)
+
+
+def compress(
+    compressor: Method,
+    rng: Array,
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    size: int,
+    lengths: Int[Array, "*heads"] | None,
+    queries: Float[Array, "*heads q d"] | None,
+    measured: bool,
+) -> tuple[Coreset, Info]:
+    """The coresets of all heads, and what happened; one compiled program for equal shapes."""
+    check_arguments(compressor, keys, values, size, lengths, queries)
+    dtype = accumulation_dtype(keys, values)
+    # Python numbers and arrays share a trace.
+    options = jax.tree.map(
+        lambda each: each if isinstance(each, jax.Array) else np.asarray(each, dtype), compressor
+    )
+    queries = queries if compressor.reads_queries else None
+    return _compress(
+        options, rng, keys, values, lengths, queries, size=int(size), measured=measured
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("size", "measured"))
+def _compress(
+    compressor: Method,
+    rng: Array,
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    lengths: Int[Array, "*heads"] | None,
+    queries: Float[Array, "*heads q d"] | None,
+    *,
+    size: int,
+    measured: bool,
+) -> tuple[Coreset, Info]:
+    cache = Cache(rng, keys, values, lengths, queries, measured)
+    return compressor.on_heads(cache, size)
+
+
+def over_heads(compressor: Method, cache: Cache, size: int) -> tuple[Coreset, Info]:
+    """Compresses every head by itself, with a random key and options of its own."""
+    keys, values = cache.keys, cache.values
+    dtype = accumulation_dtype(keys, values)
+    zeros = jnp.zeros_like(keys[..., 0, 0], dtype)
+    options = jax.tree.map(lambda each: zeros + each.astype(dtype), compressor)
+
+    def one_head(
+        options: Method,
+        number: Array,
+        keys: Array,
+        values: Array,
+        length: Array,
+        queries: Array | None,
+    ) -> tuple[Coreset, Info]:
+        head = Head.prepare(
+            cache.rng,
+            number,
+            keys,
+            values,
+            length,
+            queries,
+            ragged=cache.lengths is not None,
+            measured=cache.measured,
+            **options.query_ball._asdict(),
+        )
+        coreset, info = options.on_head(head, size)
+        if head.ragged or not options.fills_slots:
+            coreset = packed(coreset)
+        # A NaN anywhere in a head is one in all of it.
+        sound = ~jnp.any(jnp.isnan(coreset.log_weights))
+        for array in (head.keys, head.values, *([] if queries is None else [queries])):
+            sound &= jnp.all(jnp.isfinite(array))
+        coreset = coreset._replace(log_weights=jnp.where(sound, coreset.log_weights, jnp.nan))
+        if not head.measured:
+            return coreset, Info()
+        return coreset, info._replace(rho=head.standardization.rho)
+
+    return over_axes(one_head, keys.ndim - 2)(
+        options, cache.numbers, keys, values, cache.counts, cache.queries
+    )

@@ -1,0 +1,149 @@
+"""One head of a cache as a stage sees it: masked, in units of its own, with its sample queries."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from coreset_jax._src.attention import default_scale
+from coreset_jax._src.core.coreset import Coreset, gather, whole_cache
+from coreset_jax._src.geometry.standardize import Standardization, largest_norm, standardize
+from coreset_jax._src.precision import accumulation_dtype
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["rng", "number", "keys", "values", "length", "queries", "query_norm", "scale"],
+    meta_fields=["ragged", "measured"],
+)
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The pairs of one head, or of a consecutive part of it, ready for a stage.
+
+    Attributes:
+      rng: the caller's random key, the same for all heads; a stage draws with :attr:`key`.
+      number: number of the head, or of the part among all parts of all heads, int32.
+      keys: keys ``[n, d]`` in the dtype of the cache; zeros in padding.
+      values: values ``[n, dv]``, likewise.
+      length: how many pairs are valid; they come first.
+      queries: raw sample queries ``[q, d]``, or ``None``.
+      query_norm: largest norm of a raw query.
+      scale: the softmax scale.
+      ragged: whether some of the pairs may be padding, static.
+      measured: whether somebody wants to know the errors of fits, static: some take long.
+    """
+
+    rng: Array
+    number: Int[Array, ""]
+    keys: Float[Array, "n d"]
+    values: Float[Array, "n dv"]
+    length: Int[Array, ""]
+    queries: Float[Array, "q d"] | None
+    query_norm: Float[Array, ""]
+    scale: Float[Array, ""]
+    ragged: bool
+    measured: bool = False
+
+    @classmethod
+    def prepare(
+        cls,
+        rng: Array,
+        number: Int[Array, ""],
+        keys: Float[Array, "n d"],
+        values: Float[Array, "n dv"],
+        length: Int[Array, ""],
+        queries: Float[Array, "q d"] | None,
+        *,
+        ragged: bool,
+        measured: bool = False,
+        rho: Float[Array, ""] | None = None,
+        query_norm: Float[Array, ""] | None = None,
+        scale: Float[Array, ""] | None = None,
+    ) -> "Head":
+        """A head of raw pairs, of which those from ``length`` on may hold anything.
+
+        The radius comes from ``rho``, ``query_norm`` or ``queries`` as in
+        :func:`coreset_jax.geometry.standardize`.
+        """
+        if ragged:
+            inside = (jnp.arange(keys.shape[0]) < length)[:, None]
+            keys = jnp.where(inside, keys, jnp.zeros_like(keys))
+            values = jnp.where(inside, values, jnp.zeros_like(values))
+        # Made from the keys, so that both vary over the mesh axes that they do.
+        zero = jnp.zeros_like(keys[0, 0], accumulation_dtype(keys, values))
+        scale = zero + (default_scale(keys.shape[-1]) if scale is None else scale)
+        if rho is not None:
+            lengths = length if ragged else None
+            query_norm = standardize(keys, values, rho=rho, scale=scale, lengths=lengths).query_norm
+        elif query_norm is None:
+            query_norm = largest_norm(queries, keys.shape[-1])
+        return cls(
+            rng, number, keys, values, length, queries, zero + query_norm, scale, ragged, measured
+        )
+
+    def part(self, **changes: Any) -> "Head":
+        """A part of this head as a head of its own: its own units, and the same raw queries.
+
+        Args:
+          **changes: its ``number``, ``keys``, ``values``, ``length`` and ``ragged``.
+        """
+        part = dataclasses.replace(self, **changes)
+        inside = part.inside[:, None]
+        return dataclasses.replace(
+            part,
+            keys=jnp.where(inside, part.keys, 0) if part.ragged else part.keys,
+            values=jnp.where(inside, part.values, 0) if part.ragged else part.values,
+        )
+
+    @functools.cached_property
+    def standardization(self) -> Standardization:
+        """The unit problem of these pairs."""
+        return standardize(
+            self.keys,
+            self.values,
+            query_norm=self.query_norm,
+            scale=self.scale,
+            lengths=self.length if self.ragged else None,
+        )
+
+    @property
+    def key(self) -> Array:
+        """A random key of this head's own."""
+        return jax.random.fold_in(self.rng, self.number)
+
+    @property
+    def count(self) -> int:
+        """Pairs, padding included; static."""
+        return self.keys.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Numbers in a key and a value together; static."""
+        return self.keys.shape[-1] + self.values.shape[-1]
+
+    @property
+    def inside(self) -> Bool[Array, " n"]:
+        """Which pairs are no padding."""
+        return jnp.arange(self.count) < self.length
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of sums."""
+        return self.scale.dtype
+
+    def pairs(self, indices: Int[Array, " m"], log_weights: Float[Array, " m"]) -> Coreset:
+        """The coreset of the pairs at ``indices``.
+
+        In a ragged head -1, or what is beyond its pairs, is an empty slot.
+        """
+        if not self.ragged:
+            return Coreset(self.keys[indices], self.values[indices], log_weights, indices)
+        indices = jnp.where(indices < self.count, indices, -1)
+        return gather(self.keys, self.values, indices, log_weights)
+
+    def whole(self) -> Coreset:
+        """All pairs with weight one."""
+        return whole_cache(self.keys, self.values, self.length if self.ragged else None)

@@ -1,0 +1,1 @@
+"""Fits: keys that are chosen and moved, and weights and values fitted behind them."""

@@ -1,0 +1,221 @@
+r"""Attention of sample queries as the target of a fit of weights and values.
+
+With scores :math:`s_{qi}` of the samples and their exact outputs :math:`Y`, attention matching has
+weights under which the kept pairs have the mass of all, and then values that answer like all.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from coreset_jax._src.attention import PartialAttention, merge, partial_attention
+from coreset_jax._src.core.coreset import Coreset
+from coreset_jax._src.core.head import Head
+from coreset_jax._src.core.info import Info
+from coreset_jax._src.geometry.solves import identity_like, one_by_one, regularized_solve
+from coreset_jax._src.geometry.standardize import Standardization
+from coreset_jax._src.precision import inner_products, matmul
+
+# Scores of the samples over the whole cache that are held at a time.
+_SCORES = 2**20
+
+# Steps of a power iteration from ones. The matrices are positive: one singular value stands out.
+_POWER_STEPS = 20
+
+# Ridge of the least squares for weights, in roundings of the largest singular value: above the
+# rounding of scores, by which copies of a key differ.
+_ROUNDINGS = 1000
+
+
+class QueryTargets(NamedTuple):
+    r"""What the attention of one head's sample queries is, and their scores of the kept keys.
+
+    Attributes:
+      standardization: the unit problem of the head, in whose units everything here is.
+      queries: unit queries ``[q, d]``, to be read with scale 1.
+      cache: the state of attention over the whole cache, of unit values ``[q, ...]``.
+      scores: of the kept keys ``[q, m]``; :math:`-\infty` in an empty slot.
+    """
+
+    standardization: Standardization
+    queries: Float[Array, "q d"]
+    cache: PartialAttention
+    scores: Float[Array, "q m"]
+
+    def outputs(self) -> Float[Array, "q dv"]:
+        """Exact attention, of unit values."""
+        return self.cache.output / self.cache.total[:, None]
+
+    def mean_squared_error(
+        self, values: Float[Array, "m dv"], log_weights: Float[Array, " m"]
+    ) -> Float[Array, ""]:
+        """Mean squared error over the samples, in unit values, of raw values behind the keys."""
+        shares = jax.nn.softmax(self.scores + log_weights.astype(self.scores.dtype)[None], axis=-1)
+        unit = self.standardization.unit_values(values)
+        errors = matmul(shares, unit) - self.outputs()
+        return jnp.mean(jnp.sum(jnp.square(errors), axis=-1))
+
+
+def evaluate(head: Head, keys: Float[Array, "m d"], held: Bool[Array, " m"]) -> QueryTargets:
+    """Attention of a head's sample queries over all of its pairs, a block of them at a time.
+
+    Args:
+      head: a head with sample queries.
+      keys: raw keys of a coreset of it ``[m, d]``.
+      held: which of them are no empty slots ``[m]``.
+    """
+    assert head.queries is not None
+    standardization, dtype, count = head.standardization, head.dtype, head.count
+    unit = standardization.unit_queries(head.queries)
+    width = min(count, max(_SCORES // unit.shape[0], 1))
+    blocks = -(-count // width)
+    rest = blocks * width - count
+    source = (
+        jnp.pad(head.keys, ((0, rest), (0, 0))).reshape(blocks, width, -1),
+        jnp.pad(head.values, ((0, rest), (0, 0))).reshape(blocks, width, -1),
+        jnp.pad(head.inside, (0, rest)).reshape(blocks, width),
+    )
+
+    def add(
+        state: PartialAttention, block: tuple[Array, Array, Array]
+    ) -> tuple[PartialAttention, None]:
+        keys, values, inside = block
+        more = partial_attention(
+            unit,
+            standardization.unit_keys(keys),
+            standardization.unit_values(values),
+            jnp.where(inside, 0, -jnp.inf).astype(dtype),
+            scale=1.0,
+        )
+        return merge(state, more), None
+
+    # Made from queries and pairs, so that it varies over the mesh axes that they do.
+    zeros = jnp.zeros_like(unit[:, 0]) + jnp.zeros_like(head.keys[0, 0], dtype)
+    nothing = PartialAttention(
+        zeros - jnp.inf, zeros, zeros[:, None] + jnp.zeros_like(head.values[:1], dtype)
+    )
+    cache, _ = jax.lax.scan(add, nothing, source)
+    scores = inner_products(unit, standardization.unit_keys(keys))
+    return QueryTargets(standardization, unit, cache, jnp.where(held[None], scores, -jnp.inf))
+
+
+def unless_worse(
+    targets: QueryTargets,
+    head: Head,
+    coreset: Coreset,
+    info: Info,
+    values: Float[Array, "m dv"],
+    log_weights: Float[Array, " m"],
+) -> tuple[Coreset, Info]:
+    """The coreset with other values and weights, unless its error over the samples grows by them.
+
+    Args:
+      targets: attention of the samples over the whole head.
+      head: the head. A coreset that holds all of it stays what it is.
+      coreset: the coreset to be improved.
+      info: what has happened before.
+      values: raw values ``[m, dv]``.
+      log_weights: logarithms of the weights ``[m]``; those of empty slots are not looked at.
+    """
+    held = jnp.isfinite(coreset.log_weights)
+    # What is compared is what is returned, rounded.
+    values = values.astype(coreset.values.dtype)
+    log_weights = log_weights.astype(coreset.log_weights.dtype)
+    before = targets.mean_squared_error(coreset.values, coreset.log_weights)
+    after = targets.mean_squared_error(values, jnp.where(held, log_weights, -jnp.inf))
+    improved = after < before
+    taken = improved & (jnp.sum(held) < head.length) & held
+    chosen = coreset._replace(
+        values=jnp.where(taken[:, None], values, coreset.values),
+        log_weights=jnp.where(taken, log_weights, coreset.log_weights),
+    )
+    unit = head.standardization.value_radius
+    return chosen, info.with_fit(
+        improved,
+        sample_error_before=unit * jnp.sqrt(before),
+        sample_error_after=unit * jnp.sqrt(jnp.where(improved, after, before)),
+    )
+
+
+def largest_square(matrix: Float[Array, "q m"]) -> Float[Array, ""]:
+    """The square of the largest singular value of a matrix without negative entries."""
+
+    def step(_: Array, direction: Array) -> Array:
+        image = matmul(matrix, direction)
+        direction = matmul(matrix.T, image)
+        return direction / jnp.maximum(jnp.linalg.norm(direction), jnp.finfo(matrix.dtype).tiny)
+
+    start = jnp.ones_like(matrix[0]) * matrix.shape[1] ** -0.5
+    direction = jax.lax.fori_loop(0, _POWER_STEPS, step, start)
+    return jnp.sum(jnp.square(matmul(matrix, direction)))
+
+
+def _least_squares(
+    matrix: Float[Array, "q m"], right: Float[Array, " q"], ridge: Float[Array, ""]
+) -> Float[Array, " m"]:
+    """Least squares with a ridge by a QR factor, which does not square the condition."""
+    eye = identity_like(jnp.zeros_like(matrix, shape=(matrix.shape[1],) * 2))
+    orthogonal, triangular = jnp.linalg.qr(jnp.concatenate([matrix, ridge * eye]))
+    image = matmul(right, orthogonal[: matrix.shape[0]])
+    return jax.scipy.linalg.solve_triangular(triangular, image)
+
+
+def matched_log_weights(
+    masses: Float[Array, "q m"], totals: Float[Array, " q"], *, bound: float, gradient_steps: int
+) -> Float[Array, " m"]:
+    r"""Logarithms of weights with which the kept masses add up to the totals.
+
+    .. math::
+       B = \mathrm{clip}\bigl(\arg\min_B \|E_S B - E 1\|,\; e^{-\mathrm{bound}},
+           e^{\mathrm{bound}}\bigr) \text{ and a few steps } B \leftarrow
+           \mathrm{clip}\Bigl(B - \tfrac{1}{\sigma_{\max}^2} E_S^T(E_S B - E 1)\Bigr)
+
+    Args:
+      masses: :math:`E_S`, ``[q, m]``, none of them negative.
+      totals: :math:`E 1`, ``[q]``.
+      bound: largest absolute log-weight, static.
+      gradient_steps: gradient steps after the clip, static.
+
+    References:
+      Zweiger, Fu, Guo, Kim, *Fast KV Compaction via Attention Matching*, 2026, arXiv 2602.16284.
+    """
+    square = largest_square(masses)
+    ridge = _ROUNDINGS * jnp.finfo(masses.dtype).eps * jnp.sqrt(square)
+
+    def bounded(weights: Array) -> Array:
+        return jnp.clip(weights, jnp.exp(-bound), jnp.exp(bound))
+
+    def step(_: Array, weights: Array) -> Array:
+        missing = matmul(masses, weights) - totals
+        return bounded(weights - matmul(missing, masses) / square)
+
+    # Where no query sees any kept key the masses are zero.
+    square = jnp.where(square > 0, square, 1)
+    ridge = jnp.where(ridge > 0, ridge, 1)
+    start = bounded(one_by_one(_least_squares)(masses, totals, ridge))
+    return jnp.log(jax.lax.fori_loop(0, gradient_steps, step, start))
+
+
+def matched_values(
+    shares: Float[Array, "q m"], outputs: Float[Array, "q dv"], *, ridge: float
+) -> Float[Array, "m dv"]:
+    r"""Values with which the kept pairs answer like the whole cache.
+
+    .. math:: C = \bigl(X^T X + \mathrm{ridge}\; \sigma_{\max}(X)^2 I\bigr)^{-1} X^T Y
+
+    Args:
+      shares: attention of the samples over the kept pairs :math:`X`, ``[q, m]``.
+      outputs: exact outputs :math:`Y`, ``[q, dv]``.
+      ridge: relative to the largest eigenvalue, static.
+
+    References:
+      Zweiger, Fu, Guo, Kim, *Fast KV Compaction via Attention Matching*, 2026, arXiv 2602.16284.
+    """
+    gram = matmul(shares.T, shares)
+    return regularized_solve(
+        gram + ridge * largest_square(shares) * identity_like(gram),
+        matmul(shares.T, outputs),
+        float(jnp.finfo(gram.dtype).eps),
+    )

@@ -1,0 +1,77 @@
+"""Solves that do not fail: Gram matrices that may be singular, and LAPACK's routines in a batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def identity_like(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
+    """The identity, sharded as a matrix is: a solver wants both its arguments alike."""
+    return jnp.zeros_like(matrix) + jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+
+
+def regularized_inverse(gram: Float[Array, "l l"], ridge: float) -> Float[Array, "l l"]:
+    r"""The inverse :math:`(G + \lambda I)^{-1}` of a Gram matrix; see :func:`regularized_solve`."""
+    return regularized_solve(gram, identity_like(gram), ridge)
+
+
+def regularized_solve(
+    gram: Float[Array, "l l"], right: Float[Array, "l c"], ridge: float
+) -> Float[Array, "l c"]:
+    r"""The solution :math:`(G + \lambda I)^{-1} R` for a Gram matrix that may be singular.
+
+    Args:
+      gram: a Gram matrix ``[l, l]``; its rows may repeat.
+      right: :math:`R`, ``[l, c]``.
+      ridge: :math:`\lambda` relative to the mean of the diagonal. Where rounding leaves the sum
+        indefinite, it grows tenfold until it does not.
+
+    Returns:
+      The solution ``[l, c]``; NaN where the matrix is not finite.
+    """
+    eye = identity_like(gram)
+    mean = jnp.mean(jnp.diagonal(gram))
+    most = mean * max(ridge, 1.0)
+
+    def fails(state: tuple[Array, Array]) -> Array:
+        shift, solution = state
+        # A matrix of zeros has no ridge to grow.
+        return ~jnp.all(jnp.isfinite(solution)) & (shift <= most) & (shift > 0)
+
+    def attempt(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        shift, _ = state
+        return 10 * shift, solve_definite(gram + shift * eye, right)
+
+    start = (ridge * mean, right + jnp.nan)
+    return jax.lax.while_loop(fails, attempt, start)[1]
+
+
+def one_by_one(routine: Callable[..., Array]) -> Callable[..., Array]:
+    """A routine of LAPACK's that on CPU takes the matrices of a batch one after another.
+
+    Over a batch it would wait for the thread pool that it runs on. Where two do so at once, on
+    several devices or as independent parts of one program, that is for ever.
+    """
+
+    def call(*arguments: Array) -> Array:
+        sequential = jax.custom_batching.sequential_vmap(routine)
+        found: Array = jax.lax.platform_dependent(*arguments, cpu=sequential, default=routine)
+        return found
+
+    return call
+
+
+def solve_definite(matrix: Float[Array, "m m"], right: Float[Array, "m c"]) -> Float[Array, "m c"]:
+    """The solution for a positive definite matrix by its Cholesky factor; NaN where it has none."""
+
+    def solve(matrix: Array, right: Array) -> Array:
+        # The bare routines: what SciPy's copies do beside them takes long to compile.
+        lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+        solved = jax.lax.linalg.triangular_solve(lower, right, left_side=True, lower=True)
+        return jax.lax.linalg.triangular_solve(
+            lower, solved, left_side=True, lower=True, transpose_a=True
+        )
+
+    return one_by_one(solve)(matrix, right)

@@ -1,0 +1,1 @@
+"""What sample queries say of a cache."""

@@ -1,0 +1,1 @@
+"""Bounded summaries of streams, with the error fed back."""
