@@ -30,26 +30,26 @@ help: ## list the targets
 install: $(INSTALLED) ## install the library, the experiments and the tests into .venv
 
 demo: $(INSTALLED) ## compress the caches of the shipped model, compare methods, and decode over them
-	$(RUN) -m experiments.compress_cache --config=configs/compress_cache.py:demo $(ARGS)
-	$(RUN) -m experiments.decode --config=configs/decode.py:demo
+	$(RUN) -m experiments.caches.compress_cache --config=configs/compress_cache.py:demo $(ARGS)
+	$(RUN) -m experiments.decode.decode --config=configs/decode.py:demo
 
 decode: $(INSTALLED) ## what the model loses when it decodes over compressed caches; resumes
-	$(RUN) -m experiments.decode --config=configs/decode.py $(ARGS)
+	$(RUN) -m experiments.decode.decode --config=configs/decode.py $(ARGS)
 
 leaderboard: $(INSTALLED) ## every method of the library on caches of the shipped model; resumes
-	$(RUN) -m experiments.leaderboard --config=configs/leaderboard.py $(ARGS)
+	$(RUN) -m experiments.leaderboard.leaderboard --config=configs/leaderboard.py $(ARGS)
 
 sweep: $(INSTALLED) ## measure the error over radius, width and size; resumes where it stopped
-	$(RUN) -m experiments.sweep --config=configs/sweep.py $(ARGS)
+	$(RUN) -m experiments.theory.sweep --config=configs/sweep.py $(ARGS)
 
 laws: $(INSTALLED) ## the paper's laws one by one, with the exponents that were measured; resumes
-	$(RUN) -m experiments.laws --config=configs/laws.py $(ARGS)
+	$(RUN) -m experiments.theory.laws --config=configs/laws.py $(ARGS)
 
 lower-bound: $(INSTALLED) ## how many hidden bits a coreset still shows; resumes
-	$(RUN) -m experiments.lower_bound --config=configs/lower_bound.py $(ARGS)
+	$(RUN) -m experiments.theory.lower_bound --config=configs/lower_bound.py $(ARGS)
 
 feasibility: $(INSTALLED) ## for which heads of the model an error can be promised; resumes
-	$(RUN) -m experiments.feasibility --config=configs/feasibility.py $(ARGS)
+	$(RUN) -m experiments.caches.feasibility --config=configs/feasibility.py $(ARGS)
 
 bench: $(INSTALLED) ## time, memory and the ratio to the matrix products alone
 	$(RUN) -m benchmarks.compress $(ARGS)

@@ -21,8 +21,9 @@ import numpy as np
 from absl import app, flags
 
 import coreset_jax as cj
-from experiments.instances import unit_sphere
-from experiments.results import print_table, stamp, track
+from experiments.common.progress import track
+from experiments.common.tables import print_table, stamp
+from experiments.theory.instances import unit_sphere
 
 _QUICK = flags.DEFINE_bool("quick", False, "small shapes, to see that it runs")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "turns of compression and certificate", lower_bound=1)

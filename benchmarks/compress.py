@@ -26,7 +26,8 @@ from absl import app, flags
 from jaxtyping import Array, Float
 
 import coreset_jax as cj
-from experiments.results import print_table, stamp, track
+from experiments.common.progress import track
+from experiments.common.tables import print_table, stamp
 
 _QUICK = flags.DEFINE_bool("quick", False, "small shapes, to see that it runs")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "turns of compression and floor", lower_bound=1)

@@ -16,7 +16,8 @@ from absl import app, flags
 
 import coreset_jax as cj
 from benchmarks.compress import seconds
-from experiments.results import print_table, stamp, track
+from experiments.common.progress import track
+from experiments.common.tables import print_table, stamp
 
 _CASES = flags.DEFINE_enum("cases", "full", ["full", "quick"], "quick: small shapes")
 _TURNS = flags.DEFINE_integer("turns", 5, "turns of all methods", lower_bound=1)

@@ -19,12 +19,13 @@ from jaxtyping import Float, Int
 
 import coreset_jax as cj
 from benchmarks.compress import seconds
-from coreset_jax.coreset import gather
-from experiments import lm, text
-from experiments.leaderboard_methods import METHODS, Method
-from experiments.leaderboard_tables import geometric_mean
-from experiments.leaderboard_work import read_texts, relative_errors
-from experiments.results import print_table, stamp, track
+from coreset_jax._src.core.coreset import gather
+from experiments.common.methods import ENTRANTS, Method
+from experiments.common.metrics import geometric_mean, relative_error
+from experiments.common.progress import track
+from experiments.common.tables import print_table, stamp
+from experiments.leaderboard.work import read_texts
+from experiments.model import lm, text
 
 # Queries that are asked: those of so many bytes behind the prompt.
 _ASKED = 512
@@ -78,7 +79,7 @@ def thin(
 
 def subsets() -> list[Method]:
     """Methods of ours that keep pairs as they are."""
-    return [method for method in METHODS if method.ours and method.subset]
+    return [method for method in ENTRANTS if method.ours and method.has("subset")]
 
 
 def main(arguments: list[str]) -> None:
@@ -95,7 +96,7 @@ def main(arguments: list[str]) -> None:
     )
 
     def error(coreset: cj.Coreset) -> float:
-        return geometric_mean(np.asarray(relative_errors(asked, exact, coreset)[0]))
+        return geometric_mean(np.asarray(relative_error(asked, exact, coreset).mean(axis=-1)))
 
     thinned: list[np.ndarray] = []
 

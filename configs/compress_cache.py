@@ -1,4 +1,4 @@
-"""Settings of `experiments.compress_cache`: the default, `:demo` and, for tests, `:tiny`."""
+"""Settings of `experiments.caches.compress_cache`: the default, `:demo` and, for tests, `:tiny`."""
 
 import ml_collections
 from ml_collections import config_dict
@@ -11,7 +11,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
       variant: `"default"`, `"demo"`, which has a folder of its own, or `"tiny"`.
 
     Returns:
-      The configuration that `experiments.compress_cache` reads.
+      The configuration that `experiments.caches.compress_cache` reads.
 
     Raises:
       ValueError: `variant` is none of the three.
@@ -23,7 +23,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
 
     # The file to read, of any kind; None is a held-out file of Python's standard library.
     config.text = config_dict.placeholder(str)
-    # A model of experiments.train_lm; None is the shipped one.
+    # A model of experiments.model.train_lm; None is the shipped one.
     config.checkpoint = config_dict.placeholder(str)
 
     # Bytes whose cache is compressed; None is as many as the file has, up to the cap.

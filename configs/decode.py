@@ -1,4 +1,4 @@
-"""Settings of `experiments.decode`: the default, `:demo` and, for tests, `:tiny`."""
+"""Settings of `experiments.decode.decode`: the default, `:demo` and, for tests, `:tiny`."""
 
 import ml_collections
 from ml_collections import config_dict
@@ -11,7 +11,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
       variant: `"default"`, `"demo"`, its short form, or `"tiny"`.
 
     Returns:
-      The configuration that `experiments.decode` reads.
+      The configuration that `experiments.decode.decode` reads.
 
     Raises:
       ValueError: `variant` is none of the three.
@@ -22,7 +22,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
     config.output = "outputs/decode"
     # Compute every cell again, as after a change to the library that kept its version.
     config.fresh = False
-    # A model of experiments.train_lm; None is the shipped one.
+    # A model of experiments.model.train_lm; None is the shipped one.
     config.checkpoint = config_dict.placeholder(str)
     # The files to read: "heldout" for figures, "train" to tune.
     config.split = "heldout"

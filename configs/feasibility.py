@@ -1,4 +1,4 @@
-"""Settings of `experiments.feasibility`: the default and, for tests, `:tiny`."""
+"""Settings of `experiments.caches.feasibility`: the default and, for tests, `:tiny`."""
 
 import ml_collections
 
@@ -12,8 +12,8 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
       variant: `"default"` or `"tiny"`.
 
     Returns:
-      The configuration that `experiments.feasibility` reads; `text`, `checkpoint`,
-      `prefix_bytes` and `query_bytes` are those of `experiments.compress_cache`.
+      The configuration that `experiments.caches.feasibility` reads; `text`, `checkpoint`,
+      `prefix_bytes` and `query_bytes` are those of `experiments.caches.compress_cache`.
 
     Raises:
       ValueError: `variant` is neither.

@@ -1,4 +1,4 @@
-"""Grids of `experiments.laws`: the default and, for tests, `:tiny`."""
+"""Grids of `experiments.theory.laws`: the default and, for tests, `:tiny`."""
 
 import ml_collections
 
@@ -10,7 +10,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
       variant: `"default"` or `"tiny"`.
 
     Returns:
-      The configuration that `experiments.laws` reads.
+      The configuration that `experiments.theory.laws` reads.
 
     Raises:
       ValueError: `variant` is neither.

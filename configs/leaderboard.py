@@ -1,4 +1,4 @@
-"""Settings of `experiments.leaderboard`: `:full`, the default, `:quick` and, for tests, `:tiny`."""
+"""Settings of `experiments.leaderboard.leaderboard`: `:full`, `:quick` and, for tests, `:tiny`."""
 
 import ml_collections
 from ml_collections import config_dict
@@ -11,7 +11,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
       variant: `"full"`, `"quick"`, a corner of it in minutes, or `"tiny"`.
 
     Returns:
-      The configuration that `experiments.leaderboard` reads.
+      The configuration that `experiments.leaderboard.leaderboard` reads.
 
     Raises:
       ValueError: `variant` is none of the three.
@@ -22,9 +22,9 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     config.output = "outputs/leaderboard"
     # Compute every cell again.
     config.fresh = False
-    # A model of experiments.train_lm; None is the shipped one.
+    # A model of experiments.model.train_lm; None is the shipped one.
     config.checkpoint = config_dict.placeholder(str)
-    # Names in experiments.leaderboard_methods; None is all of them.
+    # Names in experiments.common.methods; None is all of them.
     config.methods = config_dict.placeholder(tuple)
     config.ratios = (2, 4, 8, 16, 32)
     # What a method draws; one that draws nothing has the first of them alone.
@@ -56,7 +56,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
             "balanced",
             "nystrom",
             "top_attention",
-            "quantised_4",
+            "quantized_4",
             "nystrom_8",
         )
         config.ratios = (2, 8)

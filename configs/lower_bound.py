@@ -1,4 +1,4 @@
-"""Settings of `experiments.lower_bound`: the default and, for tests, `:tiny`."""
+"""Settings of `experiments.theory.lower_bound`: the default and, for tests, `:tiny`."""
 
 import ml_collections
 
@@ -10,7 +10,7 @@ def get_config(variant: str = "default") -> ml_collections.ConfigDict:
       variant: `"default"` or `"tiny"`.
 
     Returns:
-      The configuration that `experiments.lower_bound` reads.
+      The configuration that `experiments.theory.lower_bound` reads.
 
     Raises:
       ValueError: `variant` is neither.

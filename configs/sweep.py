@@ -1,4 +1,4 @@
-"""Grids of `experiments.sweep`: `:full`, the default, `:quick` and, for tests, `:tiny`."""
+"""Grids of `experiments.theory.sweep`: `:full`, the default, `:quick` and, for tests, `:tiny`."""
 
 import ml_collections
 
@@ -11,7 +11,7 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
         or `"tiny"`.
 
     Returns:
-      The configuration that `experiments.sweep` reads.
+      The configuration that `experiments.theory.sweep` reads.
 
     Raises:
       ValueError: `variant` is none of the three.

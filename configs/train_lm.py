@@ -39,7 +39,7 @@ def get_config(variant: str = "short") -> ml_collections.ConfigDict:
         (`config.start`); or `"tiny"`, for tests.
 
     Returns:
-      The configuration that `experiments.train_lm` reads.
+      The configuration that `experiments.model.train_lm` reads.
 
     Raises:
       ValueError: `variant` is none of them.

@@ -28,7 +28,11 @@ from coreset_jax._src.core.compressor import Compressor
 from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.turns import over_axes
 from coreset_jax._src.stream import summary as summaries
-from coreset_jax._src.stream.halvings import check_compressor, options_of_heads
+from coreset_jax._src.stream.halvings import (
+    check_compressor,
+    check_heads,
+    options_of_heads,
+)
 from coreset_jax._src.stream.sketch import Pairs, Settings
 from coreset_jax._src.stream.summary import Summary
 
@@ -82,8 +86,7 @@ class merge_and_reduce:  # noqa: N801
         method; it knows nothing of earlier errors.
 
     Raises:
-      ValueError: on bad options, and on a compressor that is signed, keeps no subset or needs
-        sample queries.
+      ValueError: on bad options, and on a compressor that is signed or needs sample queries.
 
     References:
       Kochetkova et al., *BalanceKV: KV cache compression through discrepancy theory*, 2025, for
@@ -149,8 +152,7 @@ class merge_and_reduce:  # noqa: N801
         """
         checks.check_cache(keys, values)
         leading = keys.shape[:-2]
-        if self.compressor is not None:
-            self.compressor.check_heads(leading)
+        check_heads(self.compressor, leading, self.block_size, keys.shape[-1])
 
         def one_head(key: Array, value: Array) -> tuple[Summary, Pairs]:
             summary = summaries.empty(self.size - self.block_size, self.landmarks, key, value)

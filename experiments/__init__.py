@@ -1,1 +1,1 @@
-"""Experiments: binaries that need more than the library's own dependencies."""
+"""Experiments: programs that measure the library. They need more than its own dependencies."""

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
@@ -40,7 +40,7 @@ class _ForgetsPrograms:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self) -> None:
         # After every test: one alone may take ten thousand.
-        from experiments import programs
+        from experiments.common import programs
 
         programs.forget_if_many()
 
@@ -68,3 +68,13 @@ def x64() -> Iterator[None]:
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(scope="session")
+def programs() -> Callable[[], int]:
+    """How many XLA programs were compiled so far, or taken from the cache on disk."""
+    import jax
+
+    names: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, _, **more: names.append(name))
+    return lambda: names.count("/jax/core/compile/backend_compile_duration")

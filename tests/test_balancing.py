@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import coreset_jax as cj
-from coreset_jax import compression, problem
-from coreset_jax.coreset import whole_cache
+from coreset_jax.geometry import standardize
 from tests import brute_force
+from tests.compressors import heads_of, sampled
 
 LEADING, COUNT, SIZE, WIDTH, VALUE_WIDTH = (2, 4), 40, 11, 6, 5
 RNG = jax.random.key(0)
@@ -32,8 +32,14 @@ def compressor():
     return cj.balanced(**SMALL)
 
 
+@pytest.fixture(scope="module")
+def coreset(compressor, cache):
+    return jax.device_get(compressor(RNG, *cache, size=SIZE))
+
+
 def check_subset(coreset, keys, values, lengths):
     """A weighted subset of each head, in order, whose weights add up to its length."""
+    keys, values, coreset = jax.device_get((keys, values, coreset))
     size = coreset.indices.shape[-1]
     log_weights = np.asarray(coreset.log_weights, np.float64)
     np.testing.assert_allclose(np.exp(log_weights).sum(axis=-1), lengths, rtol=1e-6)
@@ -68,7 +74,7 @@ def check_one(count, size):
         np.testing.assert_allclose(coreset.log_weights, np.log(count / size), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "size"), [(2, 1), (17, 5), (64, 16), (255, 1), (300, 298)])
+@pytest.mark.parametrize(("count", "size"), [(2, 1), (17, 5), (64, 16), (300, 298)])
 def test_weights_add_up(count, size):
     check_one(count, size)
 
@@ -90,7 +96,7 @@ def test_weights_add_up_for_many_counts(first):
 
 
 def test_half_precision_is_kept_bit_by_bit(compressor, cache):
-    halves = [jnp.asarray(array, jnp.float16) for array in cache]
+    halves = [array.astype(np.float16) for array in cache]
     coreset = compressor(RNG, *halves, size=SIZE)
     assert coreset.keys.dtype == coreset.values.dtype == jnp.float16
     assert coreset.log_weights.dtype == jnp.float32
@@ -106,60 +112,44 @@ def test_double_precision(cache, x64):
     np.testing.assert_allclose(np.exp(coreset.log_weights).sum(axis=-1), lengths, rtol=1e-14)
 
 
-@pytest.mark.parametrize("lengths", [None, np.resize([COUNT, 17, 1], LEADING)])
-def test_nothing_is_lost_where_nothing_has_to_go(cache, lengths):
-    for size in (COUNT, COUNT + 1):
-        coreset = cj.compress(RNG, *cache, size=size, lengths=lengths)
-        chex.assert_trees_all_equal(coreset, whole_cache(*cache, lengths))
-
-
-def test_a_head_knows_nothing_of_the_others(compressor, cache):
-    coreset = compressor(RNG, *cache, size=SIZE)
+def test_a_head_knows_nothing_of_the_others(compressor, cache, coreset):
     changed = [array.copy() for array in cache]
     for array in changed:
         array[1, 2] = np.random.default_rng(9).standard_normal(array[1, 2].shape)
     other = compressor(RNG, *changed, size=SIZE)
     same = np.ones(LEADING, bool)
     same[1, 2] = False
-    for before, after in zip(coreset[:4], other[:4], strict=True):
+    for before, after in zip(coreset, other, strict=True):
         np.testing.assert_array_equal(before[same], after[same])
     assert np.any(coreset.indices[1, 2] != other.indices[1, 2])
 
 
-def test_leading_axes_are_only_a_layout(compressor, cache):
-    coreset = compressor(RNG, *cache, size=SIZE)
+def test_a_call_is_one_program_and_the_rng_decides(compressor, cache, coreset, programs):
+    before = programs()
+    chex.assert_trees_all_equal(jax.device_get(compressor(RNG, *cache, size=SIZE)), coreset)
+    assert programs() == before
+    other = compressor(jax.random.key(1), *cache, size=SIZE)
+    assert np.any(other.indices != coreset.indices)
+    before = programs()
     alone = compressor(RNG, *(array[0, 0] for array in cache), size=SIZE)
-    for nested, single in zip(coreset[:4], alone[:4], strict=True):
+    assert programs() == before + 1
+    # Leading axes are only a layout.
+    for nested, single in zip(coreset, alone, strict=True):
         np.testing.assert_allclose(nested[0, 0], single, rtol=1e-6)
 
 
-def test_rng_decides(compressor, cache):
-    coreset = compressor(RNG, *cache, size=SIZE)
-    chex.assert_trees_all_equal(compressor(RNG, *cache, size=SIZE), coreset)
-    other = compressor(jax.random.key(1), *cache, size=SIZE)
-    assert np.any(other.indices != coreset.indices)
-
-
-def test_radii_and_rng_do_not_retrace(cache):
-    keys, values = (array[0] for array in cache)
-    before = compression._compress._cache_size()
-    for seed, rho in enumerate((1.0, 2, np.float64(3.0), jnp.float32(4.0), np.full(4, 5.0))):
-        cj.balanced(rho=rho, **SMALL)(jax.random.key(seed), keys, values, size=SIZE)
-    # Scalars, and one radius for each head.
-    assert compression._compress._cache_size() <= before + 2
-
-
-@pytest.mark.parametrize("name", ["rho", "query_norm", "kernel_radius"])
-def test_every_head_has_its_own_radius(cache, name):
+def test_every_head_has_its_own_radius(cache):
     radii = np.array([[0.5, 1.0, 2.0, 4.0], [8.0, 1.0, 0.1, 3.0]], np.float32)
     options = {**SMALL, "walk": cj.walks.greedy_pairs, "landmarks": None}
-    together = cj.balanced(**{name: radii}, **options)(RNG, *cache, size=SIZE)
-    for radius in (1.0, 8.0):
-        alone = cj.balanced(**{name: np.full(LEADING, radius)}, **options)(RNG, *cache, size=SIZE)
-        mine = radii == radius
-        np.testing.assert_array_equal(together.indices[mine], alone.indices[mine])
-    drawn = {tuple(np.asarray(head)) for head in together.indices.reshape(-1, SIZE)}
-    assert len(drawn) == radii.size
+    for name in ("rho", "query_norm", "kernel_radius"):
+        together = cj.balanced(**{name: radii}, **options)(RNG, *cache, size=SIZE)
+        for radius in (1.0, 8.0):
+            given = {name: np.full(LEADING, radius)}
+            alone = cj.balanced(**given, **options)(RNG, *cache, size=SIZE)
+            mine = radii == radius
+            np.testing.assert_array_equal(together.indices[mine], alone.indices[mine])
+        drawn = {tuple(np.asarray(head)) for head in together.indices.reshape(-1, SIZE)}
+        assert len(drawn) == radii.size
 
 
 @pytest.mark.slow
@@ -174,8 +164,7 @@ def test_sample_queries_stand_for_their_largest_norm(cache):
     chex.assert_trees_all_equal(given, expected)
 
 
-def test_sick_heads_answer_nan_and_the_others_as_ever(compressor, cache):
-    coreset = compressor(RNG, *cache, size=SIZE)
+def test_sick_heads_answer_nan_and_the_others_as_ever(compressor, cache, coreset):
     keys, values = (array.copy() for array in cache)
     keys[0, 1, 3, 0], keys[0, 2, 39, 1], values[1, 3, 0, 0] = np.nan, -np.inf, np.inf
     sick = np.zeros(LEADING, bool)
@@ -184,18 +173,8 @@ def test_sick_heads_answer_nan_and_the_others_as_ever(compressor, cache):
     np.testing.assert_array_equal(
         np.isnan(mixed.log_weights), np.broadcast_to(sick[..., None], mixed.log_weights.shape)
     )
-    outputs = cj.attend(cache[0], mixed)
-    assert np.all(np.isnan(outputs[sick]))
-    for before, after in zip(coreset[:4], mixed[:4], strict=True):
+    for before, after in zip(coreset, mixed, strict=True):
         np.testing.assert_array_equal(before[~sick], after[~sick])
-
-
-def test_sick_sample_queries_answer_nan_in_their_head(compressor, cache):
-    queries = np.ones((*LEADING, 3, WIDTH), np.float32)
-    queries[1, 2, 1, 0] = np.nan
-    sick = np.isnan(compressor(RNG, *cache, size=SIZE, queries=queries).log_weights)
-    assert np.all(sick[1, 2])
-    assert sick.sum() == SIZE
 
 
 def test_a_traced_radius_that_is_nan_answers_nan(cache):
@@ -207,67 +186,19 @@ def test_a_traced_radius_that_is_nan_answers_nan(cache):
     assert np.all(np.isnan(log_weights(np.nan)))
 
 
-@pytest.mark.parametrize("factor", [2.0**-90, 2.0**90])
-def test_the_size_of_values_does_not_matter(compressor, cache, factor):
-    """Their squares under- or overflow, and nothing changes."""
+def test_sizes_of_values_and_keys_beyond_all_squares(compressor, cache, coreset):
+    """The squares of values under- or overflow, and nothing changes; those of keys say so."""
     keys, values = cache
-    plain = compressor(RNG, keys, values, size=SIZE)
-    scaled = compressor(RNG, keys, np.float32(factor) * values, size=SIZE)
-    np.testing.assert_array_equal(scaled.indices, plain.indices)
-    np.testing.assert_array_equal(scaled.log_weights, plain.log_weights)
-
-
-def test_keys_whose_squares_overflow_answer_nan_or_balance(compressor, cache):
-    keys, values = (array.copy() for array in cache)
+    for factor in (2.0**-90, 2.0**90):
+        scaled = compressor(RNG, keys, np.float32(factor) * values, size=SIZE)
+        np.testing.assert_array_equal(scaled.indices, coreset.indices)
+        np.testing.assert_array_equal(scaled.log_weights, coreset.log_weights)
+    keys = keys.copy()
     keys[0, 1] *= 1e25
     log_weights = np.asarray(compressor(RNG, keys, values, size=SIZE).log_weights)
     assert not np.any(np.isnan(np.delete(log_weights.reshape(-1, SIZE), 1, axis=0)))
     sick = log_weights[0, 1]
     assert np.all(np.isnan(sick)) or np.all(np.isfinite(sick))
-
-
-@pytest.mark.parametrize(("width", "ridge"), [(2, 1e-12), (2, 1e-6), (6, 1e-12)])
-def test_nearly_dependent_landmarks_balance_or_say_that_they_do_not(width, ridge):
-    """In the plane a Gram matrix of float32 is singular but for its ridge."""
-    keys, values = sphere(3, 2, 4, 512, width)
-    coreset = cj.balanced(rho=1.0, landmarks=64, block_size=32, ridge=ridge)(
-        RNG, keys, values, size=64
-    )
-    sample = cj.baselines.uniform()(RNG, keys, values, size=64)
-    sick = np.isnan(coreset.log_weights)
-    np.testing.assert_array_equal(sick.any(axis=-1), sick.all(axis=-1))
-    for head in np.flatnonzero(~sick[:, 0]):
-        ours, uniforms = (
-            discrepancy_energy(each, keys[head], values[head], 1.0)
-            for each in (one_head(coreset, head), one_head(sample, head))
-        )
-        print(f"head {head}: energy {uniforms / ours:.1f} times below uniform's")
-        assert ours < uniforms / 2
-
-
-@pytest.mark.parametrize(
-    ("key_dtype", "value_dtype", "dtype"),
-    [
-        (jnp.bfloat16, jnp.float32, jnp.float32),
-        (jnp.float32, jnp.bfloat16, jnp.float32),
-        (jnp.float32, jnp.float64, jnp.float64),
-    ],
-)
-def test_keys_and_values_keep_dtypes_of_their_own(cache, key_dtype, value_dtype, dtype, x64):
-    keys, values = jnp.asarray(cache[0], key_dtype), jnp.asarray(cache[1], value_dtype)
-    coreset = cj.balanced(rho=2.0, **SMALL)(RNG, keys, values, size=SIZE)
-    assert (coreset.keys.dtype, coreset.values.dtype) == (key_dtype, value_dtype)
-    assert coreset.log_weights.dtype == dtype
-    check_subset(coreset, keys, values, np.full(LEADING, COUNT))
-
-
-def test_the_scale_may_be_any_kind_of_number(cache):
-    coreset = cj.balanced(scale=0.125, **SMALL)(RNG, *cache, size=SIZE)
-    before = compression._compress._cache_size()
-    for scale in (jnp.float32(0.125), np.float64(0.125), np.array(0.125)):
-        again = cj.balanced(scale=scale, **SMALL)(RNG, *cache, size=SIZE)
-        chex.assert_trees_all_equal(again, coreset)
-    assert compression._compress._cache_size() == before
 
 
 @pytest.mark.parametrize("name", ["greedy_pairs", "gram_schmidt"])
@@ -286,14 +217,14 @@ def test_degenerate_heads_are_halved_like_any_other(name, cache):
     check_subset(coreset, keys, values, np.full(LEADING, COUNT))
 
 
-def test_four_devices_give_what_one_gives(compressor, cache):
+def test_four_devices_give_what_one_gives(compressor, cache, coreset):
     devices = min(jax.device_count(), LEADING[1])
     mesh = jax.make_mesh((devices,), ("heads",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec(None, "heads"))
     compress = jax.jit(compressor, static_argnames="size")
-    coreset = compress(RNG, *jax.device_put(cache, sharding), size=SIZE)
-    chex.assert_trees_all_close(coreset, compressor(RNG, *cache, size=SIZE), rtol=1e-6)
-    assert coreset.keys.sharding.is_equivalent_to(sharding, 4)
+    found = compress(RNG, *jax.device_put(cache, sharding), size=SIZE)
+    chex.assert_trees_all_close(jax.device_get(found), coreset, rtol=1e-6)
+    assert found.keys.sharding.is_equivalent_to(sharding, 4)
 
 
 @pytest.mark.slow
@@ -360,17 +291,32 @@ def test_exact_field_is_greedy_halving_of_the_whole(count, block_size):
     np.testing.assert_array_equal(coreset.indices, replay_greedy_halvings(gram, 16))
 
 
-def one_head(coreset, head):
-    return jax.tree.map(lambda leaf: leaf[head], coreset)
-
-
-def discrepancy_energy(coreset, keys, values, radius):
+def discrepancy_energy(coreset, gram):
     """Squared norm of what the coreset gets wrong, numerator and denominator, per source pair."""
-    gram = balance_gram(keys, values, radius)
     coefficients = np.full(len(gram), -1 / len(gram))
     weights = np.exp(np.asarray(coreset.log_weights, np.float64))
     coefficients[np.asarray(coreset.indices)] += weights / weights.sum()
     return coefficients @ gram @ coefficients
+
+
+def test_nearly_dependent_landmarks_balance_or_say_that_they_do_not():
+    """In the plane a Gram matrix of float32 is singular but for its ridge."""
+    # Two heads in a plane, two in six dimensions.
+    keys, values = sphere(3, 2, 4, 512, 6)
+    keys[:2, :, 2:] = 0
+    keys[:2] /= np.linalg.norm(keys[:2], axis=-1, keepdims=True)
+    grams = [balance_gram(*pair, 1.0) for pair in zip(keys, values, strict=True)]
+    sample = sampled()(RNG, keys, values, size=64)
+    for ridge in (1e-12, 1e-6):
+        options = {"rho": 1.0, "landmarks": 64, "block_size": 32, "ridge": ridge}
+        coreset = cj.balanced(**options)(RNG, keys, values, size=64)
+        sick = np.isnan(coreset.log_weights)
+        np.testing.assert_array_equal(sick.any(axis=-1), sick.all(axis=-1))
+        for gram, (ours, uniforms, bad) in zip(
+            grams, heads_of(coreset, sample, sick[:, 0]), strict=True
+        ):
+            gain = discrepancy_energy(uniforms, gram) / discrepancy_energy(ours, gram)
+            assert bad or gain > 2, gain
 
 
 @pytest.mark.parametrize(
@@ -380,16 +326,18 @@ def discrepancy_energy(coreset, keys, values, radius):
 def test_discrepancy_is_far_below_that_of_a_sample(walk, landmarks):
     # In the plane few directions matter, and balance has signs for all of them.
     keys, values = sphere(1, 2, 512, 2)
+    gram = balance_gram(keys, values, 1.0)
     options = {"block_size": 32, "landmarks": landmarks, "walk": getattr(cj.walks, walk)}
-    compressors = [cj.balanced(rho=1.0, **options), cj.baselines.uniform()]
+    # Four draws are four heads.
+    four = [np.broadcast_to(array, (4, *array.shape)) for array in (keys, values)]
     balanced, uniform = (
         np.mean(
             [
-                discrepancy_energy(compressor(rng, keys, values, size=64), keys, values, 1.0)
-                for rng in jax.random.split(RNG, 4)
+                discrepancy_energy(each, gram)
+                for (each,) in heads_of(compressor(RNG, *four, size=64))
             ]
         )
-        for compressor in compressors
+        for compressor in (cj.balanced(rho=1.0, **options), sampled())
     )
     print(f"{walk}, {landmarks} landmarks: energy {uniform / balanced:.1f} times below uniform's")
     assert balanced < uniform / 3
@@ -397,8 +345,8 @@ def test_discrepancy_is_far_below_that_of_a_sample(walk, landmarks):
 
 def worst_error(coreset, keys, values, rho):
     """The largest error over random queries, and over some that climbed from there."""
-    reduction = problem.reduce(keys, values, rho=rho)
-    source, kept = (problem.unit_keys(reduction, side) for side in (keys, coreset.keys))
+    standardization = standardize(keys, values, rho=rho)
+    source, kept = (standardization.unit_keys(side) for side in (keys, coreset.keys))
 
     @jax.jit
     def errors(queries):
@@ -427,10 +375,7 @@ def test_error_falls_like_one_over_the_size():
     keys, values = sphere(2, 2, 4096, 16)
     sizes = [64, 256, 1024]
     slopes = {}
-    for name, compressor in {
-        "balanced": cj.balanced(rho=1.0),
-        "uniform": cj.baselines.uniform(),
-    }.items():
+    for name, compressor in {"balanced": cj.balanced(rho=1.0), "uniform": sampled()}.items():
         errors = [
             np.mean(
                 [

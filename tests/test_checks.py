@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import coreset_jax as cj
-from coreset_jax import coreset as coreset_module
-from coreset_jax import problem
+from coreset_jax import geometry
+from coreset_jax._src.core.coreset import gather, whole_cache
+from tests.compressors import sampled
 
 LEADING, COUNT, WIDTH, VALUE_WIDTH, SIZE = (2, 3), 12, 4, 5, 6
 KEYS = np.zeros((*LEADING, COUNT, WIDTH), np.float32)
@@ -17,20 +18,19 @@ VALUES = np.zeros((*LEADING, COUNT, VALUE_WIDTH), np.float32)
 QUERIES = np.zeros((*LEADING, 7, WIDTH), np.float32)
 
 
-def compress_with(compressor):
-    return lambda **arguments: compressor(jax.random.key(0), **arguments)
-
-
+COMPRESS = {
+    "compress": cj.compress,
+    "balanced": cj.balanced(block_size=4),
+    "sampled": sampled(),
+    "chunked": cj.chunked(sampled(), chunk_size=3),
+}
 COMPRESSORS = {
-    "compress": functools.partial(cj.compress, jax.random.key(0)),
-    "balanced": compress_with(cj.balanced(block_size=4)),
-    "uniform": compress_with(cj.baselines.uniform()),
-    "balance_kv": compress_with(cj.baselines.balance_kv(block_size=4)),
+    name: functools.partial(compress, jax.random.key(0)) for name, compress in COMPRESS.items()
 }
 TAKE_CACHES = {
     **{name: (function, {"size": SIZE}) for name, function in COMPRESSORS.items()},
     "attention": (cj.attention, {"queries": QUERIES}),
-    "reduce": (problem.reduce, {}),
+    "standardize": (geometry.standardize, {}),
 }
 
 BAD_CACHES = {
@@ -84,81 +84,72 @@ def refuses(call, *fragments):
         assert fragment in str(error.value)
 
 
-@pytest.mark.parametrize("bad", BAD_CACHES)
 @pytest.mark.parametrize("name", TAKE_CACHES)
-def test_keys_and_values_must_pair_up(name, bad):
+def test_keys_and_values_must_pair_up(name):
     function, more = TAKE_CACHES[name]
-    change, *fragments = BAD_CACHES[bad]
-    arguments = {"keys": KEYS, "values": VALUES, **more, **change}
-    refuses(lambda: function(**arguments), *fragments)
-
-
-@pytest.mark.parametrize("name", TAKE_CACHES)
-def test_both_shapes_are_named(name):
-    function, more = TAKE_CACHES[name]
+    for change, *fragments in BAD_CACHES.values():
+        arguments = {"keys": KEYS, "values": VALUES, **more, **change}
+        refuses(functools.partial(function, **arguments), *fragments)
+    # Both shapes are named.
     arguments = {"keys": KEYS, "values": VALUES[..., 1:, :], **more}
-    refuses(lambda: function(**arguments), "keys (2, 3, 12, 4)", "values (2, 3, 11, 5)")
+    shapes = "keys (2, 3, 12, 4)", "values (2, 3, 11, 5)"
+    refuses(functools.partial(function, **arguments), *shapes)
 
 
-@pytest.mark.parametrize("bad", BAD_LENGTHS)
 @pytest.mark.parametrize("name", TAKE_CACHES)
-def test_lengths_must_fit(name, bad):
+def test_lengths_must_fit(name):
     function, more = TAKE_CACHES[name]
-    lengths, *fragments = BAD_LENGTHS[bad]
-    call = functools.partial(function, keys=KEYS, values=VALUES, lengths=lengths, **more)
-    refuses(call, "lengths", *fragments)
+    for lengths, *fragments in BAD_LENGTHS.values():
+        call = functools.partial(function, keys=KEYS, values=VALUES, lengths=lengths, **more)
+        refuses(call, "lengths", *fragments)
 
 
-@pytest.mark.parametrize("size", [0, -1, True, 3.0, np.float32(3), "3", None])
 @pytest.mark.parametrize("name", COMPRESSORS)
-def test_size_must_be_a_positive_int(name, size):
-    call = functools.partial(COMPRESSORS[name], keys=KEYS, values=VALUES, size=size)
-    refuses(call, "size must be", str(size))
-
-
-def test_size_must_be_static():
+def test_size_must_be_a_positive_static_int(name):
+    call = functools.partial(COMPRESSORS[name], keys=KEYS, values=VALUES)
+    for size in (0, -1, True, 3.0, np.float32(3), "3", None):
+        refuses(functools.partial(call, size=size), "size must be", str(size))
     with pytest.raises(ValueError, match="size must be a static Python int"):
-        jax.jit(lambda size: cj.compress(jax.random.key(0), KEYS, VALUES, size=size))(SIZE)
+        jax.jit(lambda size: call(size=size))(SIZE)
 
 
-@pytest.mark.parametrize("bad", BAD_QUERIES)
-def test_queries_must_fit(bad):
-    queries, *fragments = BAD_QUERIES[bad]
-    coreset = coreset_module.whole_cache(KEYS, VALUES)
-    for call in (
-        lambda: cj.compress(jax.random.key(0), KEYS, VALUES, size=SIZE, queries=queries),
-        lambda: cj.attention(queries, KEYS, VALUES),
-        lambda: cj.attend(queries, coreset),
-        lambda: problem.reduce(KEYS, VALUES, queries=queries),
-    ):
-        refuses(call, "queries", *fragments)
+def test_queries_must_fit():
+    coreset = whole_cache(KEYS, VALUES)
+    calls = [
+        lambda queries, call=call: call(keys=KEYS, values=VALUES, size=SIZE, queries=queries)
+        for call in COMPRESSORS.values()
+    ]
+    calls += [
+        lambda queries: cj.attention(queries, KEYS, VALUES),
+        lambda queries: cj.attend(queries, coreset),
+        lambda queries: geometry.standardize(KEYS, VALUES, queries=queries),
+    ]
+    for queries, *fragments in BAD_QUERIES.values():
+        for call in calls:
+            refuses(functools.partial(call, queries), "queries", *fragments)
 
 
-@pytest.mark.parametrize("bad", NOT_POSITIVE)
-@pytest.mark.parametrize("radius", ["rho", "query_norm", "kernel_radius"])
-def test_radii_must_be_positive(radius, bad):
-    compressor = cj.balanced(**{radius: NOT_POSITIVE[bad]})
-    call = functools.partial(compressor, jax.random.key(0), KEYS, VALUES, size=SIZE)
-    refuses(call, f"{radius} must be")
+def test_radii_must_be_positive_and_one_or_one_a_head():
+    for radius in ("rho", "query_norm", "kernel_radius"):
+        for bad in NOT_POSITIVE.values():
+            refuses(functools.partial(cj.balanced, **{radius: bad}), f"{radius} must be")
+        compressor = cj.balanced(**{radius: np.ones((3, 2))})
+        call = functools.partial(compressor, jax.random.key(0), KEYS, VALUES, size=SIZE)
+        refuses(call, radius, "(2, 3)", "(3, 2)")
+    # Where they are no options of a compressor.
+    for radius in ("rho", "query_norm"):
+        for call in (COMPRESSORS["compress"], geometry.standardize):
+            more = {"size": SIZE} if call is not geometry.standardize else {}
+            for bad in NOT_POSITIVE.values():
+                given = {"keys": KEYS, "values": VALUES, radius: bad, **more}
+                refuses(functools.partial(call, **given), f"{radius} must be")
+    given = {"keys": KEYS, "values": VALUES, "rho": 1.0, "query_norm": 1.0}
+    refuses(functools.partial(geometry.standardize, **given), "rho and query_norm")
+    refuses(functools.partial(COMPRESSORS["compress"], size=SIZE, **given), "rho and query_norm")
 
 
-@pytest.mark.parametrize("radius", ["rho", "query_norm", "kernel_radius"])
-def test_radii_must_be_one_or_one_a_head(radius):
-    compressor = cj.balanced(**{radius: np.ones((3, 2))})
-    call = functools.partial(compressor, jax.random.key(0), KEYS, VALUES, size=SIZE)
-    refuses(call, radius, "(2, 3)", "(3, 2)")
-
-
-def test_the_radius_is_named_once():
-    refuses(
-        lambda: cj.compress(jax.random.key(0), KEYS, VALUES, size=SIZE, rho=1.0, query_norm=1.0),
-        "rho and query_norm",
-    )
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
+def test_options_are_checked_where_they_are_given():
+    for option, value in (
         ("block_size", 7),
         ("block_size", 0),
         ("block_size", 8.0),
@@ -170,47 +161,30 @@ def test_the_radius_is_named_once():
         ("ridge", float("nan")),
         ("scale", -1.0),
         ("walk", "greedy"),
-    ],
-)
-def test_options_are_checked_where_they_are_given(option, value):
-    refuses(lambda: cj.balanced(**{option: value}), f"{option} must be", repr(value))
+    ):
+        refuses(lambda: cj.balanced(**{option: value}), f"{option} must be", repr(value))  # noqa: B023
 
 
-@pytest.mark.parametrize(
-    ("log_weights", "shape"), [(KEYS[..., 1:, 0], "(2, 3, 11)"), (KEYS[0, :, :, 0], "(3, 12)")]
-)
-def test_there_is_one_weight_a_pair(log_weights, shape):
-    refuses(
-        lambda: cj.attention(QUERIES, KEYS, VALUES, log_weights),
-        f"log_weights {shape}",
-        "keys (2, 3, 12, 4)",
-    )
+def test_there_is_one_weight_a_pair():
+    for log_weights, shape in ((KEYS[..., 1:, 0], "(2, 3, 11)"), (KEYS[0, :, :, 0], "(3, 12)")):
+        call = functools.partial(cj.attention, QUERIES, KEYS, VALUES, log_weights)
+        refuses(call, f"log_weights {shape}", "keys (2, 3, 12, 4)")
 
 
-@pytest.mark.parametrize(
-    ("indices", "fragments"),
-    [
-        (np.zeros((*LEADING, 5)), ["integer dtype", "float64"]),
-        (np.zeros((*LEADING, 5), bool), ["integer dtype", "bool"]),
-        (np.zeros((3, 5), int), ["indices (3, 5)", "keys (2, 3, 12, 4)"]),
-        (np.zeros((3, 2, 5), int), ["indices (3, 2, 5)", "keys (2, 3, 12, 4)"]),
-        ([0, 1], ["must be an array", "list"]),
-    ],
-)
-def test_indices_are_integers_beside_the_keys(indices, fragments):
-    weights = np.zeros(np.shape(indices), np.float32)
-    refuses(
-        lambda: coreset_module.gather(KEYS, VALUES, indices, weights), "indices must", *fragments
-    )
-
-
-def test_every_index_has_a_weight():
+def test_indices_are_integers_beside_the_keys():
+    for indices, *fragments in (
+        (np.zeros((*LEADING, 5)), "integer dtype", "float64"),
+        (np.zeros((*LEADING, 5), bool), "integer dtype", "bool"),
+        (np.zeros((3, 5), int), "indices (3, 5)", "keys (2, 3, 12, 4)"),
+        (np.zeros((3, 2, 5), int), "indices (3, 2, 5)", "keys (2, 3, 12, 4)"),
+        ([0, 1], "must be an array", "list"),
+    ):
+        weights = np.zeros(np.shape(indices), np.float32)
+        call = functools.partial(gather, KEYS, VALUES, indices, weights)
+        refuses(call, "indices must", *fragments)
     indices = np.zeros((*LEADING, 5), int)
-    refuses(
-        lambda: coreset_module.gather(KEYS, VALUES, indices, KEYS[..., :4, 0]),
-        "log_weights (2, 3, 4)",
-        "indices (2, 3, 5)",
-    )
+    call = functools.partial(gather, KEYS, VALUES, indices, KEYS[..., :4, 0])
+    refuses(call, "log_weights (2, 3, 4)", "indices (2, 3, 5)")
 
 
 def test_shapes_are_checked_under_a_trace():
@@ -220,8 +194,8 @@ def test_shapes_are_checked_under_a_trace():
 
 def test_traced_radii_and_lengths_pass():
     def compress(rho, lengths):
-        return cj.compress(jax.random.key(0), KEYS, VALUES, size=SIZE, rho=rho, lengths=lengths)
+        compressor = cj.balanced(rho=rho, block_size=4)
+        return compressor(jax.random.key(0), KEYS, VALUES, size=SIZE, lengths=lengths)
 
-    lengths = np.full(LEADING, 4)
-    shapes = jax.eval_shape(compress, 2.0, lengths)
+    shapes = jax.eval_shape(compress, 2.0, np.full(LEADING, 4))
     assert shapes.keys.shape == (*LEADING, SIZE, WIDTH)

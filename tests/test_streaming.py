@@ -229,7 +229,6 @@ def test_any_walk(pairs, walk):
         ({"size": 256, "walk": None}, "walk"),
         ({"size": 256, "compressor": 3}, "compressor must be a Compressor"),
         ({"size": 256, "compressor": compressors.signed()}, "compressor signed .* weights"),
-        ({"size": 256, "compressor": compressors.fitting()}, "compressor .* subsets"),
         ({"size": 256, "compressor": compressors.asking()}, "compressor .* queries"),
     ],
 )

@@ -53,11 +53,11 @@ class attention_matching(Compressor):  # noqa: N801
       gradient_steps: gradient steps after the clip.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
 
-    A compressor; see :class:`coreset_jax.Compressor`. It wants sample queries and draws nothing. Keys are bit-identical to the source,
-    values are not, and weights need not sum to the length.
+    A compressor; see :class:`coreset_jax.Compressor`. It is query-informed. Keys are bit-identical
+    to the source, values are not, and weights need not sum to the length.
 
     Raises:
-      ValueError: if an option is not a static positive number, or ``gradient_steps`` no count.
+      ValueError: on bad options.
 
     References:
       Zweiger, Fu, Guo, Kim, *Fast KV Compaction via Attention Matching*, 2026, arXiv 2602.16284,
@@ -92,12 +92,11 @@ class attention_matching(Compressor):  # noqa: N801
         kept = jnp.sort(jnp.where(kept < head.length, kept, head.count)).astype(jnp.int32)
         coreset = head.pairs(kept, jnp.zeros((size,), head.dtype))
         targets = evaluate(head, coreset.keys, coreset.indices >= 0)
-        log_weights = matched_log_weights(
-            jnp.exp(targets.scores - targets.cache.maximum[:, None]),
-            targets.cache.total,
-            bound=self.bound,
-            gradient_steps=self.gradient_steps,
-        )
+        masses, options = jnp.exp(targets.scores - targets.cache.maximum[:, None]), {
+            "bound": self.bound,
+            "gradient_steps": self.gradient_steps,
+        }
+        log_weights = matched_log_weights(masses, targets.cache.total, **options)
         shares = jax.nn.softmax(targets.scores + log_weights[None], axis=-1)
         outputs = head.standardization.restore_values(targets.outputs())
         values = matched_values(shares, outputs, ridge=self.ridge)

@@ -105,9 +105,7 @@ def _halve(
     halved = jnp.minimum(2 * (kept.filled - target), kept.filled)
     active = position < halved
     keys = jnp.where(active[:, None], jnp.take(keys, kept.order, axis=0, mode="clip"), 0)
-    # Not left to a weight of zero: padding may hold anything, and 0 * NaN is NaN.
     values = jnp.take(values, kept.order, axis=0, mode="clip") * kept.weights[:, None]
-    values = jnp.where(kept.weights[:, None] > 0, values, 0)
 
     width = min(options.block_size, slots)
     blocks = -(-slots // width)
@@ -252,7 +250,7 @@ class balance_kv(Compressor):  # noqa: N801
     A compressor; see :class:`coreset_jax.Compressor`. It looks at no query.
 
     Raises:
-      ValueError: if an option is not a static number, or one other than ``beta`` not positive.
+      ValueError: on bad options; all numbers but ``beta`` must be positive.
 
     References:
       Kochetkova, Sheth, Han, Zandieh, Kapralov, *Streaming Attention Approximation via

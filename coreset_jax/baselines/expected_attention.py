@@ -39,8 +39,7 @@ class expected_attention(KeepAttended):  # noqa: N801
     A compressor; see :class:`coreset_jax.Compressor`. It is query-informed and draws nothing.
 
     Raises:
-      ValueError: if ``sinks`` or ``groups`` is not a static integer of at least 0 or 1, or
-        ``epsilon`` is negative, or ``scale`` is not a static positive number.
+      ValueError: on bad options.
 
     References:
       Devoto, Jeblick, Jégou, *Expected Attention: KV Cache Compression by Estimating Attention

@@ -23,12 +23,13 @@ class h2o(KeepAttended):  # noqa: N801
 
     Args:
       recent_fraction: the share of ``size`` that goes to the newest pairs, from 0 to 1.
+      groups: query heads that share a key-value head, with as many samples each.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
 
     A compressor; see :class:`coreset_jax.Compressor`. It is query-informed and draws nothing.
 
     Raises:
-      ValueError: if ``recent_fraction`` lies outside 0..1, or ``scale`` is not a static positive number.
+      ValueError: if ``recent_fraction`` lies outside 0..1, or on other bad options.
 
     References:
       Zhang et al., *H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language

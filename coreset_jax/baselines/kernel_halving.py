@@ -180,7 +180,7 @@ def halvings(
     """All halvings of one head as a pure function of the random numbers.
 
     Args:
-      keys: keys ``[n, d]``, float32 or wider; from ``length`` on they may hold anything.
+      keys: keys ``[n, d]``, float32 or wider, zero in padding.
       values: values ``[n, dv]`` of the same dtype.
       uniforms: numbers from ``[0, 1)``, ``rounds(n, size)[i].pairs`` for round ``i``; bucket after
         bucket, the first of a bucket is not used.
@@ -196,8 +196,7 @@ def halvings(
     count, dtype = keys.shape[0], keys.dtype
     schedule = rounds(count, size)
     inside = jnp.arange(count) < length
-    keys = jnp.where(inside[:, None], keys, 0) * jnp.sqrt(scale)
-    values = jnp.where(inside[:, None], values, 0)
+    keys = keys * jnp.sqrt(scale)
     shift = jnp.max(jnp.sum(jnp.square(keys), axis=-1))
     offset = jnp.square(jnp.max(jnp.abs(values)))
 
@@ -214,18 +213,8 @@ def halvings(
     kept = Kept(order, inside.astype(dtype), length)
     for number, this in enumerate(schedule):
         failure = this.bucket**2 / total
-        kept = _halve(
-            keys,
-            values,
-            kept,
-            uniforms[number],
-            coins[number],
-            failure,
-            shift,
-            offset,
-            this,
-            size,
-        )
+        drawn = uniforms[number], coins[number]
+        kept = _halve(keys, values, kept, *drawn, failure, shift, offset, this, size)
     return kept
 
 
@@ -271,7 +260,7 @@ class kernel_halving(Compressor):  # noqa: N801
     A compressor; see :class:`coreset_jax.Compressor`. It looks at no query.
 
     Raises:
-      ValueError: if an option is not a static positive number.
+      ValueError: on bad options.
 
     References:
       Carrell, Gong, Shetty, Dwivedi, Mackey, *Low-Rank Thinning*, ICML 2025, arXiv 2502.12063,

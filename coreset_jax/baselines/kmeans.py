@@ -104,9 +104,8 @@ def cluster(head: Head, *, size: int, iterations: int) -> Coreset:
     block_size = min(max(_DISTANCES // size, 1), head.count)
     keys, values, inside, dtype = head.keys, head.values, head.inside, head.dtype
     length = head.length
-    positions = jnp.zeros_like(keys[:, 0], jnp.int32) + jnp.arange(keys.shape[0], dtype=jnp.int32)
+    positions = jnp.zeros_like(keys[:, 0], jnp.int32) + jnp.arange(head.count, dtype=jnp.int32)
     rows = jnp.concatenate([keys.astype(dtype), values.astype(dtype)], axis=-1)
-    rows = jnp.where(inside[:, None], rows, 0)
     width = keys.shape[-1]
     # Squared distances come from inner products, which lose less near the origin.
     center = jnp.sum(rows[:, :width], axis=0) / length.astype(dtype)
@@ -129,8 +128,8 @@ def cluster(head: Head, *, size: int, iterations: int) -> Coreset:
     # Named after the pair nearest to the center; an empty one has none, and comes last.
     least = jnp.full_like(counts, jnp.inf).at[clusters].min(squares, mode="drop")
     closest = inside & (squares <= least[jnp.minimum(clusters, size - 1)])
-    none = jnp.full_like(counts, keys.shape[0], dtype=jnp.int32)
-    names = none.at[clusters].min(jnp.where(closest, positions, keys.shape[0]), mode="drop")
+    none = jnp.full_like(counts, head.count, dtype=jnp.int32)
+    names = none.at[clusters].min(jnp.where(closest, positions, head.count), mode="drop")
     slots = positions[:size]
     indices, order = jax.lax.sort((names, slots), num_keys=1)
     empty = indices >= length
@@ -140,7 +139,7 @@ def cluster(head: Head, *, size: int, iterations: int) -> Coreset:
         jnp.where(empty, -1, order),
         jnp.log(counts[order]),
     )._replace(indices=jnp.where(empty, -1, indices))
-    kept = gather(keys, values, jnp.where(slots < length, slots, -1), jnp.zeros_like(counts))
+    kept = head.pairs(jnp.where(slots < length, slots, -1), jnp.zeros_like(counts))
     return jax.tree.map(lambda few, many: jnp.where(length <= size, few, many), kept, clustered)
 
 
@@ -165,12 +164,12 @@ class kmeans(Compressor):  # noqa: N801
       iterations: Lloyd's steps, 0 or more. Each takes ``n * size * d`` multiplications a head, as
         do the draws, one after another.
 
-    A compressor; see :class:`coreset_jax.Compressor`. Keys and values are **not** those of
-    the source, but means in its dtypes; ``indices`` name the pair nearest to each center. Weights sum
-    to the length. Where keys repeat there may be fewer clusters than ``size``, and slots stay empty.
+    A compressor; see :class:`coreset_jax.Compressor`. Keys and values are **not** those of the
+    source, but means in its dtypes; ``indices`` name the pair nearest to each center. Weights sum to
+    the length. Where keys repeat there may be fewer clusters than ``size``, and slots stay empty.
 
     Raises:
-      ValueError: if ``iterations`` is not a static integer of at least 0.
+      ValueError: on bad options.
 
     References:
       Zandieh, Han, Mirrokni, Karbasi, *SubGen: Token Generation in Sublinear Time and Memory*,

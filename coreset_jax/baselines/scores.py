@@ -1,6 +1,6 @@
 """What methods share that give every pair a score and keep the pairs of largest score.
 
-Kept pairs have weight one: what is dropped is dropped with its mass, as these methods were published.
+Kept pairs have weight one: what is dropped is dropped with its mass, as was published.
 """
 
 from typing import Any, ClassVar

@@ -19,7 +19,7 @@ class snapkv(KeepAttended):  # noqa: N801
            \operatorname{top}_{m-w} \Bigl\{ \max_{|l - i| \le c/2} a_l : i \le n - w \Bigr\}
 
     with :math:`c` the kernel size and weights :math:`w_i = 1`. Pooling is by the maximum over
-    neighbouring pairs, so that what surrounds a pair of much attention is kept with it; pairs that
+    neighboring pairs, so that what surrounds a pair of much attention is kept with it; pairs that
     share a maximum enter in their order. (The paper pools by the maximum, with a kernel of 7 and a
     window of 32 for LongBench; the constructor of the authors' code has a mean of 5 and 64.)
 
@@ -36,8 +36,7 @@ class snapkv(KeepAttended):  # noqa: N801
     A compressor; see :class:`coreset_jax.Compressor`. It is query-informed and draws nothing.
 
     Raises:
-      ValueError: if a count is not a static positive integer, ``kernel_size`` is even, or
-        ``scale`` is not a static positive number.
+      ValueError: if ``kernel_size`` is even, or on other bad options.
 
     References:
       Li et al., *SnapKV: LLM Knows What You are Looking for Before Generation*, NeurIPS 2024,

@@ -23,7 +23,7 @@ class streaming_llm(KeepLargest):  # noqa: N801
     A compressor; see :class:`coreset_jax.Compressor`. It looks at no query and draws nothing.
 
     Raises:
-      ValueError: if ``sinks`` is not a static integer of at least 0.
+      ValueError: on bad options.
 
     References:
       Xiao, Tian, Chen, Han, Lewis, *Efficient Streaming Language Models with Attention Sinks*,

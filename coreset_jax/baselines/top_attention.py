@@ -20,12 +20,13 @@ class top_attention(KeepAttended):  # noqa: N801
     all others makes it worse than a uniform sample.
 
     Args:
+      groups: query heads that share a key-value head, with as many samples each.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
 
     A compressor; see :class:`coreset_jax.Compressor`. It is query-informed and draws nothing.
 
     Raises:
-      ValueError: if ``scale`` is not a static positive number.
+      ValueError: on bad options.
 
     References:
       Zhang et al., *H2O*, NeurIPS 2023, arXiv 2306.14048, Section 3, for pairs that most of the

@@ -120,7 +120,7 @@ def pivots(
     """Pivots of one head and what stands behind them, as a pure function of the random numbers.
 
     Args:
-      keys: keys ``[n, d]``, float32 or wider; from ``length`` on they may hold anything.
+      keys: keys ``[n, d]``, float32 or wider, zero in padding.
       values: values ``[n, dv]`` of the same dtype.
       uniforms: gives the numbers from ``(0, 1)`` of a step in a bin, ``[ceil(n / bins)]``.
       length: valid pairs, at the front; at least ``size``.
@@ -135,8 +135,7 @@ def pivots(
     count = keys.shape[0]
     width = -(-count // bins)
     inside = jnp.arange(count) < length
-    values = jnp.where(inside[:, None], values, 0)
-    keys = jnp.where(inside[:, None], keys, 0) * (jnp.sqrt(scale) / temperature)
+    keys = keys * (jnp.sqrt(scale) / temperature)
     center = jnp.sum(keys, axis=0, keepdims=True) / jnp.asarray(length, keys.dtype)
     keys = jnp.where(inside[:, None], keys - center, 0)
     columns = jnp.concatenate([values, jnp.ones_like(values[:, :1])], axis=-1)
@@ -200,13 +199,13 @@ class wildcat(Compressor):  # noqa: N801
       temperature: :math:`\tau`; the authors' rule for keys and queries of one size is the default.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
 
-    A compressor; see :class:`coreset_jax.Compressor`. It returns a
-    :class:`SignedCoreset`, looks at no query, and wants a ``size`` that is a multiple of ``bins``. Time
-    is :math:`O(n m^2 / \mathrm{bins}^2)` a head in ``m / bins`` sequential steps, twice; memory beside
+    A compressor; see :class:`coreset_jax.Compressor`. It returns a :class:`SignedCoreset`, looks at
+    no query, and wants a ``size`` that is a multiple of ``bins``. Time is
+    :math:`O(n m^2 / \mathrm{bins}^2)` a head in ``m / bins`` sequential steps, twice; memory beside
     the cache is a float32 copy of it and a factor of ``n * m / bins`` numbers.
 
     Raises:
-      ValueError: if an option is not a static positive number.
+      ValueError: on bad options; when called, if ``size`` is no multiple of ``bins``.
 
     References:
       Schröder, Mackey, *WildCat: Near-Linear Attention in Theory and Practice*, 2026,

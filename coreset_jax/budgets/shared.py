@@ -42,7 +42,7 @@ class Budget(Wrapper):
     def check_call(self, keys: Any, size: int, queries: Any) -> None:
         """Raises ``ValueError`` unless the compressor can be called at every size."""
         super().check_call(keys, size, queries)
-        for each in set(self.sizes(keys.shape, size)):
+        for each in sorted(set(self.sizes(keys.shape, size))):
             self.compressor.check_call(keys, each, queries)
 
     def at_size(self, cache: Cache, size: int) -> tuple[Coreset, Info]:

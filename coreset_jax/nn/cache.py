@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt32
 
+from coreset_jax._src.stream.halvings import check_heads
 from coreset_jax._src.stream.summary import Summary
 from coreset_jax.nn import checks, kv_block
 from coreset_jax.nn import middle as middles
@@ -79,8 +80,7 @@ class CoresetCache:
             no head.
         """
         checks.check_pairs(keys, values)
-        if config.compressor is not None:
-            config.compressor.check_heads((keys.shape[2],))
+        check_heads(config.compressor, keys.shape[2:3], config.block_size, keys.shape[3])
         key, value = (by_head(array)[..., 0, :] for array in (keys, values))
         # Two arrays, or they could not both be donated.
         filled, lengths = (jnp.zeros_like(key[:, 0, 0], jnp.int32) for _ in range(2))

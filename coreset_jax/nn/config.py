@@ -29,16 +29,17 @@ class CacheConfig:
       query_norm: largest norm of a query; ``None`` means ``sqrt(head_dim)``.
       scale: the softmax scale; ``None`` means ``1/sqrt(head_dim)``.
       compressor: compresses prompts, sample queries given, and halves blocks of what leaves the
-        window, where there are none: it has to do without them and to return a subset. Options that
-        are arrays are one number or one a key-value head. ``None`` means
-        :class:`coreset_jax.fitted` for prompts, and balancing with feedback behind the window.
+        window, where there are none and of what it returns only the choice of pairs and their
+        weights count. Options that are arrays are one number or one a key-value head. ``None``
+        means :class:`coreset_jax.fitted` for prompts, and balancing with feedback behind the
+        window.
       max_length: most tokens of one call; ``None`` for no limit.
 
     ``size == sinks + window + block_size`` leaves no room for a middle: older pairs are dropped.
 
     Raises:
-      ValueError: on options that contradict each other, and on a compressor that is signed, keeps
-        no subset or needs sample queries.
+      ValueError: on options that contradict each other, and on a compressor that is signed or
+        needs sample queries.
     """
 
     size: int

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import coreset_jax as cj
 from benchmarks import compress
 
 
@@ -28,9 +29,7 @@ def test_floor_visits_every_block_of_every_level():
 
 
 def test_floor_repeats_the_defaults():
-    from coreset_jax.compression import balanced
-
-    settings = balanced().settings
-    assert settings.block_size == compress.BLOCK_SIZE
-    assert settings.landmarks == compress.LANDMARKS
-    assert settings.passes == compress.PASSES
+    defaults = cj.balanced()
+    assert defaults.block_size == compress.BLOCK_SIZE
+    assert defaults.landmarks == compress.LANDMARKS
+    assert defaults.passes == compress.PASSES

@@ -225,6 +225,9 @@ def test_normalizers_pass_through(name, cache):
     coreset = compress(make(name, signed()), cache, 60)
     assert isinstance(coreset, SignedCoreset)
     np.testing.assert_array_equal(coreset.normalizers, np.where(coreset.indices < 0, 0, 2))
+    wildcat = make(name, baselines.wildcat())
+    traced = jax.eval_shape(functools.partial(call, wildcat, size=60), cache)
+    assert isinstance(traced, SignedCoreset)
 
 
 def test_whole_cache_where_nothing_has_to_go(name, cache):
@@ -318,5 +321,9 @@ def test_other_bad_arguments_are_refused(cache):
     for given in (None, queries[..., :0, :]):
         with pytest.raises(ValueError, match="queries must be given to adaptive"):
             budgets.adaptive(UNIFORM)(RNG, keys, values, size=SIZE, queries=given)
+    # Every size must be one that the compressor can keep.
+    binned = budgets.pyramid(baselines.wildcat(bins=2))
+    with pytest.raises(ValueError, match="multiple of bins; got size 1 "):
+        binned(RNG, keys, values, size=SIZE)
     with pytest.raises(ValueError, match="axes must not repeat"):
         budgets.by_energy(UNIFORM, axes=(1, -1))(RNG, keys, values, size=SIZE)

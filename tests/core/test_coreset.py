@@ -42,7 +42,7 @@ def signed(coreset):
     """The same with normalizers, some of them negative, and a denominator that is not."""
     normalizers = np.random.default_rng(3).uniform(-0.2, 2, (*LEADING, SIZE)).astype(np.float32)
     normalizers[..., 0] = 3.0
-    return SignedCoreset(*coreset, normalizers)
+    return SignedCoreset(*coreset, np.where(coreset.indices < 0, 0, normalizers))
 
 
 def test_gather_copies_the_pairs_bit_by_bit(cache, coreset):
@@ -118,7 +118,10 @@ def test_slots_are_emptied_padded_packed_and_joined(signed, queries):
     def arrange(coreset):
         holes = module.emptied(coreset, dropped)
         packed = module.packed(holes)
-        halves = [jax.tree.map(lambda leaf, s=s: leaf[:, :, s], holes) for s in (slice(2), slice(2, 6))]
+        halves = [
+            jax.tree.map(lambda leaf, part=part: leaf[:, :, part], holes)
+            for part in (slice(2), slice(2, SIZE))
+        ]
         return holes, packed, module.padded(packed, 9), module.concatenated(halves, 9)
 
     for coreset in (signed, Coreset(*signed[:4])):
@@ -144,8 +147,9 @@ def test_slots_are_emptied_padded_packed_and_joined(signed, queries):
             np.testing.assert_array_equal(wide.indices[..., SIZE:], -1)
             np.testing.assert_array_equal(wide.log_weights[..., SIZE:], -np.inf)
     # What is NaN is NaN in the new slots as well.
-    sick = signed._replace(log_weights=np.where(np.arange(3)[:, None] == 1, np.nan, 0.0) * 1.0)
-    sick = sick._replace(log_weights=np.broadcast_to(sick.log_weights, (*LEADING, SIZE)))
+    log_weights = signed.log_weights.copy()
+    log_weights[:, 1] = np.nan
+    sick = signed._replace(log_weights=log_weights)
     wide = jax.jit(lambda coreset: module.padded(coreset, 9))(sick)
     assert np.all(np.isnan(wide.log_weights[:, 1]))
     assert not np.any(np.isnan(wide.log_weights[:, [0, 2]]))

@@ -24,12 +24,8 @@ def units(standardization, keys, values, queries):
         "values": standardization.unit_values(values),
         "queries": standardization.unit_queries(queries),
     }
-    back = {
-        name: getattr(standardization, f"restore_{name}")(unit) for name, unit in there.items()
-    }
-    again = {
-        name: getattr(standardization, f"unit_{name}")(array) for name, array in back.items()
-    }
+    back = {name: getattr(standardization, f"restore_{name}")(unit) for name, unit in there.items()}
+    again = {name: getattr(standardization, f"unit_{name}")(array) for name, array in back.items()}
     return there, back, again
 
 

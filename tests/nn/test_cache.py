@@ -53,35 +53,39 @@ def test_padding_is_as_if_it_were_not_there(sequences, empty_cache):
         np.testing.assert_allclose(after[[entry]], alone[:, count:], rtol=1e-5, atol=1e-6)
 
 
-def test_thousands_of_steps_stay_bounded_and_weigh_what_has_come(config, empty_cache, weights):
-    cache = empty_cache()
-    like = cache.recent.keys.shape, cache.recent.values.shape
-
-    def pair(number):
-        rngs = jax.random.split(jax.random.fold_in(jax.random.key(2), number))
-        shapes = ((batch, 1, heads, width) for batch, heads, _, width in like)
-        return tuple(map(jax.random.normal, rngs, shapes))
-
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def decode(cache):
-        def step(cache, number):
-            keys, values = pair(number)
-            queries = jnp.repeat(keys, 2, axis=2)
-            outputs, cache = cache.read_and_extend(queries, keys, values)
-            return cache, (jnp.all(jnp.isfinite(outputs)), weights(cache).sum(axis=-1))
-
-        return jax.lax.scan(step, cache, jnp.arange(STEPS))
-
-    last, (finite, totals) = decode(cache)
-    chex.assert_trees_all_equal_shapes_and_dtypes(last, cache)
-    assert np.all(finite)
-    lengths = np.arange(1, STEPS + 1)[:, None, None]
-    np.testing.assert_allclose(totals, np.broadcast_to(lengths, totals.shape), rtol=1e-5)
-    np.testing.assert_array_equal(last.lengths, STEPS)
-    full = np.sum(np.asarray(last.positions) >= 0, axis=-1)
+def test_thousands_of_steps_stay_bounded_and_weigh_what_has_come(
+    sequences, config, empty_cache, weights
+):
+    """In one trace, and in the same memory."""
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(CoresetCache.read_and_extend, n=1), donate_argnums=0)
+    rng = jax.random.key(1)
+    cache = CoresetCache.init(config, rng, *sequences[1:])
+    like, undonated, totals = jax.tree.map(jnp.zeros_like, cache), empty_cache(), []
+    generator = np.random.default_rng(2)
+    for place in range(STEPS):
+        if place < 100:
+            token = sequences.cut(place, place + 1)
+            expected, undonated = undonated.read_and_extend(*token)
+        else:
+            token = (generator.standard_normal(a.shape).astype(np.float32) for a in token)
+            token = type(sequences)(*token)
+        old = cache
+        outputs, cache = step(cache, *token)
+        assert old.recent.keys.is_deleted()
+        if place < 100:
+            np.testing.assert_allclose(outputs, expected, rtol=1e-6, atol=1e-6)
+        if place % 50 == 0:
+            totals.append(weights(cache).sum(axis=-1) - (place + 1))
+            assert np.all(np.isfinite(outputs))
+    np.testing.assert_allclose(totals, np.zeros_like(totals), atol=1e-5 * STEPS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(cache, like)
+    np.testing.assert_array_equal(cache.lengths, STEPS)
+    full = np.sum(np.asarray(cache.positions) >= 0, axis=-1)
     assert np.all(full >= config.size - config.block_size // 2)
-    assert np.asarray(last.middle.absorbed).max() == STEPS - config.sinks - last.filled[0]
+    assert np.asarray(cache.middle.absorbed).max() == STEPS - config.sinks - cache.filled[0]
+    # The key belongs to the caller.
+    jax.random.key_data(rng).block_until_ready()
 
 
 def check_held(cache, sequences, weights):

@@ -17,12 +17,10 @@ from tests.stream import compressors
 BATCH, LENGTH, FEATURES, HEADS = 2, 40, 24, 4
 # Room for everything, and nothing to compress: quick to compile.
 CACHE = {"size": 64, "sinks": 4, "window": 52, "block_size": 8}
-# A prompt, steps, and several tokens at a time.
-PIECES = [24, *[1] * 8, 8]
+NARROW = {"qkv_features": 16, "out_features": 10}
 OPTIONS = {
     "default": {},
-    "normalized": {"normalize_qk": True, "use_bias": False},
-    "narrow": {"qkv_features": 16, "out_features": 10},
+    "narrow and normalized": {"normalize_qk": True, "use_bias": False, **NARROW},
 }
 
 
@@ -51,18 +49,16 @@ def step(module, params, cache, part, lengths):
     return outputs, changed["cache"]
 
 
-def decode(module, params, inputs, pieces, lengths=None):
-    """Reads the inputs piece by piece; returns all outputs and the cache."""
+def decode(module, params, inputs, width=8, lengths=None):
+    """Reads the inputs, so many at a time; returns all outputs and the cache."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)
     # As Flax users make it.
     cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["cache"])
-
-    outputs, start = [], 0
-    for piece in pieces:
-        part = inputs[:, start : start + piece]
+    lengths = jnp.full(BATCH, width) if lengths is None else lengths
+    outputs = []
+    for part in np.split(inputs, inputs.shape[1] // width, axis=1):
         out, cache = step(module, params, cache, part, lengths)
         outputs.append(out)
-        start += piece
     return np.concatenate(outputs, axis=1), cache["coreset"]
 
 
@@ -83,8 +79,7 @@ def test_decodes_and_learns_like_the_plain_module(inputs, options):
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(our_gradients, gradients, rtol=1e-5, atol=1e-5)
     assert np.any(gradients["params"]["query"]["kernel"])
-    pieces = PIECES if options == OPTIONS["default"] else [8] * 5
-    found, cache = decode(ours(decode=True, **options), variables["params"], inputs, pieces)
+    found, cache = decode(ours(decode=True, **options), variables["params"], inputs)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(cache.lengths, LENGTH)
 
@@ -116,12 +111,12 @@ def test_groups_and_rotary_positions_against_a_direct_computation(inputs):
     mask = linen.make_causal_mask(inputs[..., 0])
     at_once = ours(**options).apply({"params": params}, inputs, mask=mask)
     decoding = ours(decode=True, **options)
-    stepwise, _ = decode(decoding, params, inputs, [8] * 5)
+    stepwise, _ = decode(decoding, params, inputs)
     for found in (at_once, stepwise):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     # Of a ragged batch, each sequence has its own places.
     lengths = jnp.array([8, 5])
-    found, cache = decode(decoding, params, inputs[:, :8], [8], lengths)
+    found, cache = decode(decoding, params, inputs[:, :8], lengths=lengths)
     np.testing.assert_array_equal(cache.lengths, lengths)
     np.testing.assert_allclose(found[1, :5], expected[1, :5], rtol=1e-5, atol=1e-6)
 
@@ -137,7 +132,8 @@ def test_init_makes_an_empty_cache_and_leaves_it_empty(inputs):
     found, changed = module.apply(variables, inputs, mutable=["cache"])
     np.testing.assert_allclose(outputs, found, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(changed["cache"]["coreset"].lengths, LENGTH)
-    longer = ours(decode=True, max_length=1000).init(jax.random.key(0), inputs[:, :1])
+    longer = ours(decode=True, max_length=1000)
+    longer = jax.eval_shape(longer.init, jax.random.key(0), inputs[:, :1])
     assert longer["cache"]["coreset"].config.max_length == 1000
     rngs = {"params": jax.random.key(0), "cache": jax.random.key(5)}
     other = module.init(rngs, inputs)["cache"]["coreset"]
@@ -145,10 +141,11 @@ def test_init_makes_an_empty_cache_and_leaves_it_empty(inputs):
 
 
 def test_many_steps_keep_shapes_and_lengths(inputs):
-    module = ours(decode=True, num_kv_heads=2, window=12)
-    params = ours(num_kv_heads=2).init(jax.random.key(1), inputs)["params"]
-    long = jnp.tile(inputs, (1, 5, 1))
-    outputs, cache = decode(module, params, long, [1] * 200)
+    module = ours(decode=True, window=12)
+    variables = plain().init(jax.random.key(1), inputs)
+    expected = plain().apply(variables, inputs, mask=linen.make_causal_mask(inputs[..., 0]))
+    outputs, cache = decode(module, variables["params"], jnp.tile(inputs, (1, 5, 1)), 1)
+    np.testing.assert_allclose(outputs[:, :LENGTH], expected, rtol=1e-5, atol=1e-6)
     assert np.all(np.isfinite(outputs))
     np.testing.assert_array_equal(cache.lengths, 200)
     assert np.all(np.asarray(cache.positions[..., :56]) >= 0)

@@ -15,12 +15,10 @@ from tests.stream import compressors
 BATCH, LENGTH, FEATURES, HEADS = 2, 40, 24, 4
 # Room for everything, and nothing to compress: quick to compile.
 CACHE = {"size": 64, "sinks": 4, "window": 52, "block_size": 8}
-# A prompt, steps, and several tokens at a time.
-PIECES = [24, *[1] * 8, 8]
+NARROW = {"num_kv_heads": 1, "qkv_features": 16, "out_features": 10}
 OPTIONS = {
     "grouped": {"num_kv_heads": 2},
-    "normalized": {"num_kv_heads": 2, "normalize_qk": True, "use_bias": False},
-    "narrow": {"num_kv_heads": 1, "qkv_features": 16, "out_features": 10},
+    "narrow and normalized": {"normalize_qk": True, "use_bias": False, **NARROW},
 }
 
 
@@ -42,17 +40,15 @@ def pair(**options):
 
 
 @nnx.jit
-def step(module, inputs, lengths=None):
+def step(module, inputs, lengths):
     return module(inputs, lengths=lengths, decode=True)
 
 
-def decode(module, inputs, pieces):
+def decode(module, inputs):
+    """Reads the inputs, eight at a time."""
     module.init_cache(inputs.shape)
-    outputs, start = [], 0
-    for piece in pieces:
-        outputs.append(step(module, inputs[:, start : start + piece]))
-        start += piece
-    return np.concatenate(outputs, axis=1)
+    parts, lengths = np.split(inputs, inputs.shape[1] // 8, axis=1), jnp.full(BATCH, 8)
+    return np.concatenate([step(module, part, lengths) for part in parts], axis=1)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -74,8 +70,7 @@ def test_decodes_and_learns_like_the_plain_module(inputs, options):
     gradients, ours_gradients = map(nnx.to_pure_dict, (gradients, ours_gradients))
     chex.assert_trees_all_close(ours_gradients, gradients, rtol=1e-5, atol=1e-5)
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradients["out"]))
-    pieces = PIECES if options == OPTIONS["grouped"] else [8] * 5
-    np.testing.assert_allclose(decode(ours, inputs, pieces), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(decode(ours, inputs), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rotary_positions_are_those_of_the_sequence(inputs):
@@ -83,13 +78,13 @@ def test_rotary_positions_are_those_of_the_sequence(inputs):
     places = jnp.arange(LENGTH)[None]
     query, key = (rotate(part(inputs), places, 100.0) for part in (plain.query, plain.key))
     heads = jax.nn.dot_product_attention(query, key, plain.value(inputs), is_causal=True)
-    for found in (decode(ours, inputs, [8] * 5), ours(inputs, is_causal=True)):
+    for found in (decode(ours, inputs), ours(inputs, is_causal=True)):
         np.testing.assert_allclose(found, plain.out(heads), rtol=1e-5, atol=1e-6)
     # Of a ragged batch, each sequence has its own.
     lengths = jnp.array([8, 5])
     ours.init_cache(inputs.shape)
     step(ours, inputs[:, :8], lengths)
-    found = step(ours, inputs[:, 16:24])
+    found = step(ours, inputs[:, 16:24], jnp.full(BATCH, 8))
     np.testing.assert_array_equal(ours.cache.get_value().lengths, lengths + 8)
     alone = jnp.concatenate([inputs[1:, :5], inputs[1:, 16:24]], axis=1)
     expected = ours(alone, is_causal=True)[:, 5:]
@@ -97,13 +92,17 @@ def test_rotary_positions_are_those_of_the_sequence(inputs):
 
 
 def test_many_steps_are_traced_once_and_keep_their_shapes(inputs):
-    _, ours = pair(num_kv_heads=2, window=12)
+    plain, ours = pair(num_kv_heads=2, window=12)
+    expected = plain(inputs, mask=nnx.make_causal_mask(inputs[..., 0]), decode=False)
     ours.init_cache((BATCH, 1000, FEATURES))
     before = jax.tree.map(jnp.zeros_like, ours.cache.get_value())
     chex.clear_trace_counter()
     read = nnx.jit(chex.assert_max_traces(lambda module, x: module(x, decode=True), n=1))
     for place in range(200):
         outputs = read(ours, inputs[:, place % LENGTH][:, None])
+        if place < LENGTH:
+            found = outputs[:, 0]
+            np.testing.assert_allclose(found, expected[:, place], rtol=1e-5, atol=1e-6)
     assert np.all(np.isfinite(outputs))
     after = ours.cache.get_value()
     chex.assert_trees_all_equal_shapes_and_dtypes(after, before)

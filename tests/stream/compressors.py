@@ -37,9 +37,5 @@ class signed(sampled):  # noqa: N801
     signed = True
 
 
-class fitting(sampled):  # noqa: N801
-    keeps_pairs = False
-
-
 class asking(sampled):  # noqa: N801
     needs_queries = True

@@ -157,8 +157,9 @@ class Compressor:
     @property
     def reads_queries(self) -> bool:
         """Whether sample queries change what it returns."""
-        radius = self.query_ball[:2]
-        return self.needs_queries or ("query_norm" in self._leaves() and radius == (None, None))
+        ball = self.query_ball
+        unknown = ball.rho is None and ball.query_norm is None
+        return self.needs_queries or ("query_norm" in self._leaves() and unknown)
 
     def __call__(
         self,

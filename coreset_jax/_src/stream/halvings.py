@@ -27,8 +27,6 @@ def check_compressor(compressor: Any) -> None:
         raise ValueError(f"compressor must be a Compressor, got {compressor!r}.")
     if compressor.signed:
         reason = "it returns signed coresets, and weights of a stream are positive"
-    elif not compressor.keeps_pairs:
-        reason = "it returns other pairs than those of its source, and a stream keeps subsets"
     elif compressor.needs_queries:
         reason = "it needs sample queries, and a stream has none"
     elif any(map(checks.is_traced, jax.tree.leaves(compressor))):
@@ -36,6 +34,15 @@ def check_compressor(compressor: Any) -> None:
     else:
         return
     raise ValueError(f"compressor {type(compressor).__name__} cannot continue a stream: {reason}.")
+
+
+def check_heads(
+    compressor: Compressor | None, leading: tuple[int, ...], block_size: int, width: int
+) -> None:
+    """Raises ``ValueError`` unless a compressor can halve blocks of all heads; ``None`` passes."""
+    if compressor is not None:
+        block = jax.ShapeDtypeStruct((*leading, block_size, width), jnp.float32)
+        compressor.check_call(block, block_size // 2, None)
 
 
 def options_of_heads(
@@ -106,7 +113,10 @@ def _halve_by_walk(
 def _halve_by_compressor(
     rng: Array, pairs: Pairs, compressor: Compressor, block_size: int
 ) -> Halving:
-    """Halves a block of the lightest pairs by a compressor, which does not see their weights."""
+    """Halves a block of the lightest pairs by a compressor, which does not see their weights.
+
+    Of what it returns only places and weights count: the pairs kept are those of the block.
+    """
     levels = _levels(pairs.weights)
     places = jnp.lexsort((pairs.positions, levels))[:block_size]
     head = Head.prepare(

@@ -1,0 +1,1 @@
+"""What all experiments share: results on disk, progress, tables, figures, errors, methods."""

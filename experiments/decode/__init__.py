@@ -1,0 +1,1 @@
+"""Decoding with the language model over compressed caches."""

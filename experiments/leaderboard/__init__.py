@@ -1,0 +1,1 @@
+"""All methods of the library compared on caches of the language model."""

@@ -1,0 +1,1 @@
+"""The small language model whose caches the experiments compress."""
