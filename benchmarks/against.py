@@ -4,9 +4,9 @@
     python -m benchmarks.against --other=../other
     python -m benchmarks.against --other=../other --what=first   # or time, or errors
 
-Times are ratios of calls in turns within one process; a first call is that of a fresh process without a
-cache of programs, in CPU seconds, importing not counted. Errors are those of the default on caches of
-the shipped model, passage by passage and ratio by ratio as in ``experiments.leaderboard``.
+Times are ratios of calls in turns within one process; a first call is that of a fresh process
+without a cache of programs, in CPU seconds, importing not counted. Errors are those of the default
+on caches of the shipped model, as in ``experiments.leaderboard``.
 """
 
 import importlib
@@ -89,7 +89,7 @@ def print_first(other: pathlib.Path) -> None:
         rows.append([name, f"{min(call[0] for call in calls):.1f}", str(calls[0][1])])
     share = float(rows[0][1]) / float(rows[1][1])
     rows.append(["this / other", f"{share:.2f}", ""])
-    print_table(["[2, 4096, 32] to 1024", "CPU seconds", "programs"], rows)
+    print_table("First call, [2, 4096, 32] to 1024", ["", "CPU seconds", "programs"], rows)
 
 
 def print_times(here: Any, other: Any) -> None:
@@ -110,7 +110,7 @@ def print_times(here: Any, other: Any) -> None:
         best = turns.min(axis=0)
         row = [f"[{heads}, {length}, 32] to {size}", *(f"{each:.3f}" for each in best)]
         rows.append([*row, f"{share:.2f}"])
-    print_table(["fitted, compiled", "this, s", "other, s", "this / other"], rows)
+    print_table("`fitted`, compiled", ["", "this, s", "other, s", "this / other"], rows)
 
 
 def print_errors(here: Any, other: Any) -> None:
@@ -149,9 +149,8 @@ def print_errors(here: Any, other: Any) -> None:
                 rows[-1] += [f"{each:.3f}" for each in share]
     mean = np.exp(np.mean(np.log(shares), axis=0))
     rows.append(["mean", "", "", "", "", *(f"{each:.3f}" for each in mean)])
-    print_table(
-        ["text", "ratio", "method", "this", "other", "mean, this / other", "99th percentile"], rows
-    )
+    columns = ["text", "ratio", "method", "this", "other", "mean, this / other", "99th percentile"]
+    print_table("Relative error of attention on the shipped model", columns, rows)
 
 
 def main(arguments: list[str]) -> None:

@@ -92,11 +92,10 @@ class attention_matching(Compressor):  # noqa: N801
         kept = jnp.sort(jnp.where(kept < head.length, kept, head.count)).astype(jnp.int32)
         coreset = head.pairs(kept, jnp.zeros((size,), head.dtype))
         targets = evaluate(head, coreset.keys, coreset.indices >= 0)
-        masses, options = jnp.exp(targets.scores - targets.cache.maximum[:, None]), {
-            "bound": self.bound,
-            "gradient_steps": self.gradient_steps,
-        }
-        log_weights = matched_log_weights(masses, targets.cache.total, **options)
+        masses = jnp.exp(targets.scores - targets.cache.maximum[:, None])
+        log_weights = matched_log_weights(
+            masses, targets.cache.total, bound=self.bound, gradient_steps=self.gradient_steps
+        )
         shares = jax.nn.softmax(targets.scores + log_weights[None], axis=-1)
         outputs = head.standardization.restore_values(targets.outputs())
         values = matched_values(shares, outputs, ridge=self.ridge)

@@ -292,8 +292,16 @@ class kernel_halving(Compressor):  # noqa: N801
         drawn = jax.random.uniform(head.key, (sum(numbers) + len(numbers),), head.dtype)
         *uniforms, coins = jnp.split(drawn, np.cumsum(numbers))
         keys, values = head.keys.astype(head.dtype), head.values.astype(head.dtype)
-        options = {"size": size, "scale": head.scale, "delta": self.delta}
-        kept = halvings(keys, values, uniforms, coins, head.length, **options)
+        kept = halvings(
+            keys,
+            values,
+            uniforms,
+            coins,
+            head.length,
+            size=size,
+            scale=head.scale,
+            delta=self.delta,
+        )
         indices = jnp.where(jnp.arange(size) < kept.filled, kept.order, -1)
         info = Info(rounds=jnp.full((), len(numbers), jnp.int32))
         return head.pairs(indices, jnp.log(kept.weights)), info

@@ -165,8 +165,8 @@ class kmeans(Compressor):  # noqa: N801
         do the draws, one after another.
 
     A compressor; see :class:`coreset_jax.Compressor`. Keys and values are **not** those of the
-    source, but means in its dtypes; ``indices`` name the pair nearest to each center. Weights sum to
-    the length. Where keys repeat there may be fewer clusters than ``size``, and slots stay empty.
+    source, but means in its dtypes; ``indices`` name the pair nearest to each center. Weights sum
+    to the length. Where keys repeat there may be fewer clusters than slots, and some stay empty.
 
     Raises:
       ValueError: on bad options.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from coreset_jax._src import checks
-from coreset_jax._src.core.compressor import Compressor, QueryBall, leaf
+from coreset_jax._src.core.compressor import Compressor, Wrapper, leaf
 from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
@@ -49,7 +49,20 @@ def _round_trip(coreset: Coreset, bits: int) -> Coreset:
     return coreset._replace(keys=keys, values=values, log_weights=log_weights)
 
 
-class quantized(Compressor):  # noqa: N801
+class _everything(Compressor):  # noqa: N801
+    """Keeps every pair: a cache is not compressed, but for what is done with the pairs."""
+
+    def check_call(self, keys: Any, size: int, queries: Any) -> None:
+        """Raises ``ValueError`` unless every pair has a slot."""
+        super().check_call(keys, size, queries)
+        if size < keys.shape[-2]:
+            raise ValueError(
+                "size must be at least n where no compressor is given: alone, quantization keeps "
+                f"every pair; got size {size} and keys {keys.shape}."
+            )
+
+
+class quantized(Wrapper):  # noqa: N801
     r"""Keeps what a compressor keeps, or the whole cache, in a few bits a number.
 
     .. math::
@@ -66,11 +79,12 @@ class quantized(Compressor):  # noqa: N801
         least ``n``.
       bits: bits of a code, from 2 to 8.
 
-    A compressor; see :class:`coreset_jax.Compressor`. Keys and values
-    are in the dtype of the cache, neither bit-identical to it, not even where ``size >= n``.
+    A compressor; see :class:`coreset_jax.Compressor`. Keys and values are in the dtype of the
+    cache, neither bit-identical to it, not even where ``size >= n``.
 
     Raises:
-      ValueError: if ``compressor`` is not callable or ``bits`` lies outside 2..8.
+      ValueError: if ``bits`` lies outside 2..8, or on other bad options; when called, as
+        ``compressor`` does.
 
     References:
       Liu et al., *KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache*, ICML 2024,
@@ -86,45 +100,27 @@ class quantized(Compressor):  # noqa: N801
     (4, 32, 16)
     """
 
-    compressor: Compressor | None = leaf(None, kw_only=False)
+    compressor: Compressor = leaf(None, kw_only=False)
     bits: int = 8
-    keeps_pairs = False
-    composite = True
+
+    def __post_init__(self) -> None:
+        """Raises ``ValueError`` on bad options."""
+        if self.compressor is None:
+            object.__setattr__(self, "compressor", _everything())
+        super().__post_init__()
 
     def validate(self) -> None:
         """Raises ``ValueError`` on bad static options."""
         _check_bits(self.bits)
-        if self.compressor is not None and not isinstance(self.compressor, Compressor):
-            raise ValueError(f"compressor must be a Compressor or None, got {self.compressor!r}.")
-
-    def check_call(self, keys: Any, size: int, queries: Any) -> None:
-        """Raises ``ValueError`` unless the call can be answered."""
-        super().check_call(keys, size, queries)
-        if self.compressor is None and size < keys.shape[-2]:
-            raise ValueError(
-                "size must be at least n where no compressor is given: alone, quantization keeps "
-                f"every pair; got size {size} and keys {keys.shape}."
-            )
+        self.static_count("bits")
 
     @property
-    def query_ball(self) -> QueryBall:
-        """Which queries the inner compressor is made for."""
-        return QueryBall() if self.compressor is None else self.compressor.query_ball
-
-    @property
-    def reads_queries(self) -> bool:
-        """Whether sample queries change what the inner compressor returns."""
-        return self.compressor is not None and self.compressor.reads_queries
-
-    @property
-    def fills_slots(self) -> bool:  # type: ignore[override]
-        """Whether the inner compressor leaves no slot empty."""
-        return self.compressor is None or self.compressor.fills_slots
+    def keeps_pairs(self) -> bool:  # type: ignore[override]
+        """Pairs are rounded."""
+        return False
 
     def on_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
         """What is kept, or the whole head, through its codes and back."""
-        if self.compressor is None:
-            return _round_trip(head.whole(), self.bits), Info()
         coreset, info = self.compressor.on_head(head, size)
         return _round_trip(coreset, self.bits), info
 

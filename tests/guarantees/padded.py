@@ -1,5 +1,6 @@
 """Six heads with padding that is not finite, and coresets of them with empty slots."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,11 +25,8 @@ def padded_heads(keys, values, indices, weights, *, count, slots):
     keys = jnp.asarray(behind(keys, count, np.nan, -2), jnp.float32)
     values = jnp.asarray(behind(values, count, np.inf, -2), jnp.float32)
     log_weights = jnp.asarray(np.log(behind(weights, slots, 1, -1)), jnp.float32)
-    return (
-        keys,
-        values,
-        gather(keys, values, jnp.asarray(behind(indices, slots, -1, -1)), log_weights),
-    )
+    rows = jnp.asarray(behind(indices, slots, -1, -1))
+    return keys, values, jax.jit(gather)(keys, values, rows, log_weights)
 
 
 def signed(coreset, seed):

@@ -107,7 +107,7 @@ def test_the_error_is_attained_by_the_query_inside_the_ball():
     keys, values, coreset = instance(0)
     query_norm = np.array([[0.5, 1.0, 2.0], [4.0, 8.0, 16.0]], np.float32)
     known = {"query_norm": query_norm, "scale": 0.4, "lengths": np.full(HEADS, 96)}
-    rho = geometry.standardize(keys, values, **known).rho
+    rho = jax.jit(geometry.standardize)(keys, values, **known).rho
     worst = search(1, keys, values, coreset, rho=rho, scale=0.4)
     chex.assert_shape(worst, [HEADS, (*HEADS, WIDTH), (*HEADS, 16), HEADS])
     np.testing.assert_allclose(worst.rho, rho, rtol=1e-6)

@@ -64,12 +64,7 @@ def found64(keys, values, coreset, rho):
 
 def measure64(keys, values, coreset, standardization):
     """The atoms of the difference of one head in float64, in the same unit problem."""
-    center, radius, value_center, value_radius = brute_force.double(
-        standardization.key_center,
-        standardization.key_radius,
-        standardization.value_center,
-        standardization.value_radius,
-    )
+    center, radius, _, value_center, value_radius = brute_force.double(*standardization[:5])
     keys, values, kept_keys, kept_values, log_weights, signs = brute_force.double(
         keys[:COUNT], values[:COUNT], *coreset[:3], normalizers(coreset)
     )
@@ -136,14 +131,18 @@ def test_no_share_is_below_its_value_in_float64(degrees, has_signs):
     keys, values, coreset = instance(0)
     coreset = signed(coreset, 0) if has_signs else coreset
     promised = bound(keys, values, coreset, rho=RADII, degrees=degrees)
-    unit = jax.tree.map(np.asarray, unit_problem(keys, values, scale=1.0))
+    unit = unit_problem(keys, values, scale=1.0)
+    # What is looked at head by head would be a program each.
+    keys, values, coreset, promised, unit = jax.tree.map(
+        np.asarray, (keys, values, coreset, promised, unit)
+    )
     for head in np.ndindex(HEADS):
         pairs = type(coreset)(*(array[head] for array in coreset))
         standardization = type(unit)(*(array[head] for array in unit))
         atoms = measure64(keys[head], values[head], pairs, standardization)
         numerator, denominator = shares64(*atoms, RADII[head], degrees)
         numerator *= standardization.value_radius
-        shares = [np.asarray(each[head], np.float64) for each in promised[2:4]]
+        shares = [each[head].astype(np.float64) for each in promised[2:4]]
         assert np.all(shares[0] >= numerator)
         assert np.all(shares[1] >= denominator)
         # And little above: the roots of the traces, and rounding.
