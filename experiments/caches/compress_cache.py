@@ -76,11 +76,7 @@ def measure(config: ml_collections.ConfigDict, work: Workload) -> tuple[Table, c
 
 
 def print_report(
-    config: ml_collections.ConfigDict,
-    passage: Passage,
-    work: Workload,
-    table: Table,
-    bits_per_byte: float,
+    config: ml_collections.ConfigDict, passage: Passage, work: Workload, table: Table, cost: float
 ) -> None:
     """Print the table: geometric means over layers and heads, by method and ratio."""
     layers, heads, pairs, _ = work.keys.shape
@@ -103,7 +99,7 @@ def print_report(
             f"n×: one pair in n is kept. / uniform: the error over that of uniform. Errors are "
             f"means over {len(config.seeds)} seed{'s'[: len(config.seeds) != 1]}.\n"
             f"The queries are those of the {config.query_bytes} bytes after the prefix; the model "
-            f"spends {bits_per_byte:.2f} bits a byte on the text.\n" + stamp(config.seeds)
+            f"spends {cost:.2f} bits a byte on the text.\n" + stamp(config.seeds)
         ),
     )
 
@@ -114,30 +110,25 @@ def write_lines(
     """Write a JSON line for every method, ratio, layer and head, in place of an older file."""
     with results.replacing(path) as partial:
         store = results.Results(partial)
-        for measured in table.values():
-            reference = table[REFERENCE, measured.ratio].means
+        shared = {
+            "experiment": "compress_cache",
+            "text": source.text_name,
+            "text_sha256": source.text_sha256,
+            "model_sha256": source.model_sha256,
+            "pairs": source.length,
+            "query_bytes": config.query_bytes,
+            "seeds": config.seeds,
+        }
+        for (method, ratio), measured in table.items():
+            reference = table[REFERENCE, ratio].means
+            named = {**shared, "method": method, "ratio": ratio, "size": measured.size}
             for (layer, head), error in np.ndenumerate(measured.means):
-                store.put(
-                    {
-                        "experiment": "compress_cache",
-                        "text": source.text_name,
-                        "text_sha256": source.text_sha256,
-                        "model_sha256": source.model_sha256,
-                        "pairs": source.length,
-                        "query_bytes": config.query_bytes,
-                        "seeds": config.seeds,
-                        "method": measured.method,
-                        "ratio": measured.ratio,
-                        "size": measured.size,
-                        "layer": layer,
-                        "head": head,
-                    },
-                    {
-                        "relative_error": error,
-                        "relative_error_by_seed": measured.errors[:, layer, head],
-                        "over_uniform": error / reference[layer, head],
-                    },
-                )
+                found = {
+                    "relative_error": error,
+                    "relative_error_by_seed": measured.errors[:, layer, head],
+                    "over_uniform": error / reference[layer, head],
+                }
+                store.put({**named, "layer": layer, "head": head}, found)
 
 
 def _megabytes(count: int) -> str:
@@ -145,18 +136,7 @@ def _megabytes(count: int) -> str:
 
 
 def run(config: ml_collections.ConfigDict) -> Table:
-    """Do the whole job: compress, measure, print, draw and keep.
-
-    Args:
-      config: as in `configs/compress_cache.py`.
-
-    Returns:
-      What was measured, by method and ratio.
-
-    Raises:
-      OSError: the text cannot be read.
-      ValueError: it is too short, or a number in the config makes no sense.
-    """
+    """Compress, measure, print, draw and keep; errors are those of `read_passage`."""
     passage = read_passage(config)
     checkpoint = lm.CHECKPOINT if config.checkpoint is None else pathlib.Path(config.checkpoint)
     model, _ = lm.load(checkpoint)
@@ -178,14 +158,11 @@ def run(config: ml_collections.ConfigDict) -> Table:
         ratio=config.ratio,
         seed=config.seeds[0],
     )
-    lines, figure, cache = (
-        output / name
-        for name in ("errors.jsonl", "errors.png", f"cache-{config.ratio}x.safetensors")
-    )
+    names = "errors.jsonl", "errors.png", f"cache-{config.ratio}x.safetensors"
+    lines, figure, cache = (output / name for name in names)
     write_lines(lines, config, source, table)
-    figures.save(
-        figure, draw(table, config.ratio, f"{passage.name}, {passage.length} pairs a head")
-    )
+    title = f"{passage.name}, {passage.length} pairs a head"
+    figures.save(figure, draw(table, config.ratio, title))
     cache_file.save(cache, cache_file.CompressedCache(coreset, source))
 
     full, kept = cache_file.num_bytes(work.keys, work.values), cache_file.num_bytes(*coreset)

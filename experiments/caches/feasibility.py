@@ -62,6 +62,12 @@ class _Work:
         self.seed = config.seeds[0]
         self.norms = jnp.max(jnp.linalg.norm(self.work.queries, axis=-1), axis=-1)
 
+    def measure(self, cell: dict[str, Any]) -> dict[str, Any]:
+        """What belongs to the settings of a cell."""
+        if cell["task"] == "calibration":
+            return self.calibration()
+        return self.errors(cell["ratio"], cell["share"])
+
     def calibration(self) -> dict[str, Any]:
         """The calibration of all heads."""
         found = calibrate(self.work.keys, self.work.queries)
@@ -90,19 +96,15 @@ class _Work:
 
 def measure(config: ml_collections.ConfigDict, passage: Passage, store: results.Results) -> Map:
     """Measures the cells that the store lacks, and gathers all."""
-
-    @functools.cache
-    def work() -> _Work:
-        return _Work(config, passage)
-
-    def one(cell: dict[str, Any]) -> dict[str, Any]:
-        if cell["task"] == "calibration":
-            return work().calibration()
-        return work().errors(cell["ratio"], cell["share"])
-
+    work = functools.cache(lambda: _Work(config, passage))
     every = cells(config, passage)
-    label = results.labeled_by("task", "ratio", "share")
-    known = store.complete(every, one, "mapping", settings=dict, label=label)
+    known = store.complete(
+        every,
+        lambda cell: work().measure(cell),
+        "mapping",
+        settings=dict,
+        label=results.labeled_by("task", "ratio", "share"),
+    )
     found = {
         (cell.get("share"), cell.get("ratio")): each
         for cell, each in zip(every, known, strict=True)
@@ -113,49 +115,34 @@ def measure(config: ml_collections.ConfigDict, passage: Passage, store: results.
         return np.array([[found[share, ratio][name] for ratio in ratios] for share in shares])
 
     calibration = {name: np.asarray(array) for name, array in found[None, None].items()}
-    return Map(
-        calibration,
-        shares,
-        tuple(ratios),
-        grid("certified"),
-        grid("predicted"),
-        grid("measured")[-1],
-    )
+    certified, predicted, measured = map(grid, ("certified", "predicted", "measured"))
+    return Map(calibration, shares, tuple(ratios), certified, predicted, measured[-1])
 
 
 def print_report(config: ml_collections.ConfigDict, name: str, found: Map) -> None:
     """Prints the calibration, and the errors at `config.ratio`."""
     ratio = found.ratios.index(config.ratio)
     rows: list[Row] = []
-    layers, heads = found.calibration["rho"].shape
-    for layer in range(layers):
-        for head in range(heads):
-            one = {key: array[layer, head] for key, array in found.calibration.items()}
-            rows.append(
-                [
-                    f"{layer}.{head}",
-                    f"{one['rho']:.1f}",
-                    f"{one['rho_quantiles'][0]:.1f}",
-                    f"{one['key_radius']:.1f}",
-                    f"{one['key_spread']:.2f}",
-                    f"{one['dominating']:.1%}",
-                    *(error_text(error) for error in found.certified[:, ratio, layer, head]),
-                    error_text(found.predicted[-1, ratio, layer, head]),
-                    error_text(found.measured[ratio, layer, head]),
-                ]
-            )
+    for layer, head in np.ndindex(*found.calibration["rho"].shape):
+        one = {key: array[layer, head] for key, array in found.calibration.items()}
+        row = [
+            f"{layer}.{head}",
+            f"{one['rho']:.1f}",
+            f"{one['rho_quantiles'][0]:.1f}",
+            f"{one['key_radius']:.1f}",
+            f"{one['key_spread']:.2f}",
+            f"{one['dominating']:.1%}",
+            *(error_text(error) for error in found.certified[:, ratio, layer, head]),
+            error_text(found.predicted[-1, ratio, layer, head]),
+            error_text(found.measured[ratio, layer, head]),
+        ]
+        rows.append(row)
     print_table(
         f"{name}: {config.ratio}×, balanced and refitted; errors in units of the values' reach",
         [
-            "head",
-            "ρ",
-            "median",
-            "key radius",
-            "spread",
-            "90 % by",
+            *("head", "ρ", "median", "key radius", "spread", "90 % by"),
             *(f"≤ {radius(share)}" for share in found.shares),
-            "predicted",
-            "measured",
+            *("predicted", "measured"),
         ],
         rows,
         left=("head",),

@@ -1,12 +1,12 @@
 """The map of the heads: errors certified, predicted and measured, by size and ball of queries."""
 
-from fractions import Fraction
 from typing import NamedTuple
 
 import matplotlib.figure
 import numpy as np
 
 from experiments.common import figures
+from experiments.common.tables import multiple
 
 _LEAST, _MOST = 1e-3, 1.0
 
@@ -33,9 +33,7 @@ class Map(NamedTuple):
 
 def radius(share: float) -> str:
     """A share of the radius, as text: `ρ/4`."""
-    fraction = Fraction(share).limit_denominator(64)
-    numerator = "" if fraction.numerator == 1 else str(fraction.numerator)
-    return f"{numerator}ρ" + ("" if fraction.denominator == 1 else f"/{fraction.denominator}")
+    return multiple(share, "ρ")
 
 
 def error_text(error: float) -> str:

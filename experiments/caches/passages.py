@@ -105,12 +105,7 @@ def read_passage(config: ml_collections.ConfigDict) -> Passage:
 
 
 def workload(model: lm.Decoder, passage: Passage) -> Workload:
-    """Let the model read the passage, and answer its queries after the prefix exactly.
-
-    Args:
-      model: the model.
-      passage: the text.
-    """
+    """Let the model read the passage, and answer its queries after the prefix exactly."""
     trace = lm.caches(model, passage.tokens)
     keys, values = (array[..., : passage.length, :] for array in (trace.keys, trace.values))
     queries = trace.asked(passage.length)

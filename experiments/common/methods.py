@@ -39,8 +39,8 @@ class Method(NamedTuple):
         `groups`, the query heads that share a key-value head. `whole`: it keeps every pair. `asks`:
         it is given queries, and cannot do without; those of the query-informed class always are.
       make: makes the compressor; `None` for a plain cache.
-      bits: of a number, for quantized caches: their ratio is one of bytes.
       look: how its line is drawn in figures with few methods.
+      bits: of a number, for quantized caches: their ratio is one of bytes.
     """
 
     name: str
@@ -48,8 +48,8 @@ class Method(NamedTuple):
     category: str
     traits: str = ""
     make: Callable[..., cj.Compressor] | None = None
-    bits: int | None = None
     look: Look | None = None
+    bits: int | None = None
 
     def has(self, trait: str) -> bool:
         """Whether this is one of its traits."""
@@ -147,49 +147,31 @@ _WILDCAT_4 = functools.partial(baselines.wildcat, bins=4)
 _WHOLE_8 = functools.partial(baselines.quantized, bits=8)
 _WHOLE_4 = functools.partial(baselines.quantized, bits=4)
 
+_UNIFORM = Look("#000000", "--", "s")
+_PUBLISHED = Look("#D55E00", ":", "^")
+_CORRECTED = Look("#E69F00", "-.", "v")
+_BALANCED = Look("#0072B2", "-", "o")
+_FITTED = Look("#CC79A7", "-", "P")
+_EXACT = Look("#888888", "-", "none")
+_WINDOW = Look("#009E73", "--", "D")
+
 _TABLE = (
-    Method(
-        "uniform",
-        "uniform",
-        FREE,
-        "subset draws",
-        baselines.uniform,
-        look=Look("#000000", "--", "s"),
-    ),
+    Method("uniform", "uniform", FREE, "subset draws", baselines.uniform, _UNIFORM),
     Method("streaming_llm", "StreamingLLM", FREE, "subset", baselines.streaming_llm),
     Method("keydiff", "KeyDiff", FREE, "subset", baselines.keydiff),
     Method("kmeans", "k-means", FREE, "draws", baselines.kmeans),
+    Method("balance_kv", "BalanceKV, published", FREE, "draws", baselines.balance_kv, _PUBLISHED),
     Method(
-        "balance_kv",
-        "BalanceKV, published",
-        FREE,
-        "draws",
-        baselines.balance_kv,
-        look=Look("#D55E00", ":", "^"),
-    ),
-    Method(
-        "balance_kv_corrected",
-        "BalanceKV, corrected",
-        FREE,
-        "subset draws",
-        _corrected,
-        look=Look("#E69F00", "-.", "v"),
+        "balance_kv_corrected", "BalanceKV, corrected", FREE, "subset draws", _corrected, _CORRECTED
     ),
     Method("kernel_halving", "kernel halving", FREE, "subset draws", baselines.kernel_halving),
     Method("wildcat", "WildCat, 1 bin", FREE, "draws", baselines.wildcat),
     Method("wildcat_4", "WildCat, 4 bins", FREE, "draws", _WILDCAT_4),
-    Method(
-        "balanced",
-        "balanced",
-        FREE,
-        "ours subset draws",
-        cj.balanced,
-        look=Look("#0072B2", "-", "o"),
-    ),
+    Method("balanced", "balanced", FREE, "ours subset draws", cj.balanced, _BALANCED),
     Method("balanced_ends", "balanced, ends kept", FREE, "ours subset draws", _balanced_ends),
     Method("log_weights", "balanced, weights refitted", FREE, "ours draws", _log_weights),
     Method("nystrom", "balanced and refitted", FREE, "ours draws", _nystrom),
-    Method("fitted", "fitted", FREE, "ours draws", cj.fitted, look=Look("#CC79A7", "-", "P")),
+    Method("fitted", "fitted", FREE, "ours draws", cj.fitted, _FITTED),
     Method("h2o", "H2O", INFORMED, "subset", baselines.h2o),
     Method("snapkv", "SnapKV", INFORMED, "subset grouped", baselines.snapkv),
     Method(
@@ -202,10 +184,12 @@ _TABLE = (
     Method("top_attention", "top attention", INFORMED, "subset", baselines.top_attention),
     Method("attention_matching", "attention matching", INFORMED, "", baselines.attention_matching),
     Method("matched", "fitted and matched", INFORMED, "ours draws", _matched_fitted),
-    Method("quantized_8", "whole cache, 8 bits", QUANTIZED, "whole", _WHOLE_8, 8),
-    Method("quantized_4", "whole cache, 4 bits", QUANTIZED, "whole", _WHOLE_4, 4),
-    Method("nystrom_8", "balanced and refitted, 8 bits", QUANTIZED, "ours draws", _nystrom_8, 8),
-    Method("fitted_8", "fitted, 8 bits", QUANTIZED, "ours draws", _fitted_8, 8),
+    Method("quantized_8", "whole cache, 8 bits", QUANTIZED, "whole", _WHOLE_8, bits=8),
+    Method("quantized_4", "whole cache, 4 bits", QUANTIZED, "whole", _WHOLE_4, bits=4),
+    Method(
+        "nystrom_8", "balanced and refitted, 8 bits", QUANTIZED, "ours draws", _nystrom_8, bits=8
+    ),
+    Method("fitted_8", "fitted, 8 bits", QUANTIZED, "ours draws", _fitted_8, bits=8),
     Method("pyramid_kv", "SnapKV in a pyramid", UNEVEN, "subset grouped asks", _pyramid_kv),
     Method("ada_kv", "SnapKV, adaptive", UNEVEN, "subset grouped asks", _ada_kv),
     Method("fitted_by_energy", "fitted, by energy", UNEVEN, "ours draws", _by_energy),
@@ -216,8 +200,8 @@ _TABLE = (
         "ours draws asks",
         _matched_adaptive,
     ),
-    Method("exact", "full cache", PLAIN, look=Look("#888888", "-", "none")),
-    Method("window", "sinks and window", PLAIN, look=Look("#009E73", "--", "D")),
+    Method("exact", "full cache", PLAIN, look=_EXACT),
+    Method("window", "sinks and window", PLAIN, look=_WINDOW),
 )
 
 METHODS = {method.name: method for method in _TABLE}

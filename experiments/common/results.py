@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import platform
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -68,6 +69,11 @@ def digest(*paths: str | os.PathLike[str]) -> str:
     """A short digest of what some files hold, for the settings of cells that depend on it."""
     contents = b"".join(pathlib.Path(path).read_bytes() for path in paths)
     return hashlib.sha256(contents).hexdigest()[:16]
+
+
+def source_digest(*modules: types.ModuleType) -> str:
+    """A digest of the sources of some modules, for cells whose figures depend on their code."""
+    return digest(*(str(module.__file__) for module in modules))
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import rich.box
@@ -29,7 +30,6 @@ def print_table(
     *,
     left: Sequence[str] = (),
     caption: str | None = None,
-    file: Any = None,
 ) -> None:
     """Prints one aligned table, never folded, whatever the width of the terminal.
 
@@ -39,7 +39,6 @@ def print_table(
       rows: the rows, see `Row`.
       left: the columns to align left (names); the others, figures, align right.
       caption: a line below the table.
-      file: where to print; ``None`` is the standard output.
     """
     # Title and caption stay out of the table, which would fold them to its own width.
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
@@ -53,11 +52,16 @@ def print_table(
             table.add_row(*row)
     wide = rich.console.Console(width=10_000)
     width = rich.measure.Measurement.get(wide, wide.options, table).maximum
-    console = rich.console.Console(
-        file=file or sys.stdout, width=width, highlight=False, markup=False
-    )
+    console = rich.console.Console(file=sys.stdout, width=width, highlight=False, markup=False)
     console.print(title, style="bold", soft_wrap=True)
     console.print(table)
     if caption is not None:
         console.print(caption, soft_wrap=True)
     console.print()
+
+
+def multiple(share: float, unit: str) -> str:
+    """A share of a unit as text, as `3n/4`."""
+    fraction = Fraction(share).limit_denominator(64)
+    numerator = "" if fraction.numerator == 1 else str(fraction.numerator)
+    return f"{numerator}{unit}" + ("" if fraction.denominator == 1 else f"/{fraction.denominator}")

@@ -38,9 +38,7 @@ def cells(config: ml_collections.ConfigDict) -> list[Cell]:
     shared = {
         "experiment": "decode",
         "model": results.digest(config.checkpoint or lm.CHECKPOINT),
-        "code": results.digest(
-            *(part.__file__ for part in (works, methods, attention, decoding, decoder, text))
-        ),
+        "code": results.source_digest(works, methods, attention, decoding, decoder, text),
         "split": config.split,
         "seed": config.seed,
         "block_size": config.block_size,
@@ -67,35 +65,22 @@ def cells(config: ml_collections.ConfigDict) -> list[Cell]:
             {**shared, **stream, "task": "stream", "method": method}
             for method in ("exact", *config.methods)
         ]
-    found.append(
-        {
-            **shared,
-            "task": "speed",
-            "pairs": config.speed_pairs,
-            "ratio": config.speed_ratio,
-            "turns": config.speed_turns,
-        }
-    )
+    speed = {"pairs": config.speed_pairs, "ratio": config.speed_ratio, "turns": config.speed_turns}
+    found.append({**shared, "task": "speed", **speed})
     return found
 
 
 def measure(config: ml_collections.ConfigDict, store: results.Results) -> Found:
     """Measure the cells that the store does not have yet; all of them with what was found."""
-
-    @functools.cache
-    def work() -> Work:
-        return Work(config)
-
-    def one(cell: Cell) -> Cell:
-        if cell["task"] == "prompts":
-            return work().prompts(cell["method"], cell["ratio"])
-        if cell["task"] == "stream":
-            return work().stream(cell["method"])
-        return work().speed(cell["ratio"])
-
+    work = functools.cache(lambda: Work(config))
     every = cells(config)
-    label = results.labeled_by("task", "method", "ratio")
-    known = store.complete(every, one, "decoding", settings=dict, label=label)
+    known = store.complete(
+        every,
+        lambda cell: work().measure(cell),
+        "decoding",
+        settings=dict,
+        label=results.labeled_by("task", "method", "ratio"),
+    )
     return list(zip(every, known, strict=True))
 
 
@@ -111,11 +96,9 @@ def print_prompts(config: ml_collections.ConfigDict, found: Found) -> None:
     ):
         rows = []
         for method in config.methods:
-            losses = [
-                np.mean(table[method, ratio][task]) - np.mean(exact[task])
-                for ratio in config.ratios
-            ]
-            rows.append([METHODS[method].label, *(f"{loss:+.4f}" for loss in losses)])
+            costs = [np.mean(table[method, ratio][task]) for ratio in config.ratios]
+            losses = [f"{cost - np.mean(exact[task]):+.4f}" for cost in costs]
+            rows.append([METHODS[method].label, *losses])
         print_table(
             f"{title}: bits a byte over those of the full cache, {np.mean(exact[task]):.4f}",
             ["method", *(f"{ratio}×" for ratio in config.ratios)],
@@ -166,14 +149,8 @@ def print_speed(found: Found) -> None:
             ]
             for name in ("full", "compressed")
         ]
-        rows.append(
-            [
-                "gain",
-                f"{known['full bytes'] / known['compressed bytes']:.2f}",
-                f"{known['step gain']:.2f}",
-                f"{known['attention gain']:.2f}",
-            ]
-        )
+        gains = known["full bytes"] / known["compressed bytes"], known["step gain"]
+        rows.append(["gain", *(f"{gain:.2f}" for gain in (*gains, known["attention gain"]))])
         print_table(
             f"Decoding behind {cell['pairs']} pairs, {cell['ratio']}×, one sequence",
             ["cache", "MB", "tokens/s", "attention of a layer, µs"],

@@ -21,21 +21,21 @@ class Work:
     def __init__(self, config: ml_collections.ConfigDict) -> None:
         self.config = config
         self.model, self.model_config = lm.load(config.checkpoint)
-        self._prompt: decoding.Prompt | None = None
-        self.tokens = text.beginnings(
-            config.split,
-            config.passages,
-            config.prompt_bytes + config.continuation_bytes,
-            config.seed,
-        )
+        length = config.prompt_bytes + config.continuation_bytes
+        self.tokens = text.beginnings(config.split, config.passages, length, config.seed)
 
-    @property
+    @functools.cached_property
     def prompt(self) -> decoding.Prompt:
         """The keys and values of the prompts."""
-        if self._prompt is None:
-            tokens = self.tokens[:, : self.config.prompt_bytes]
-            self._prompt = decoding.read_prompt(self.model, tokens)
-        return self._prompt
+        return decoding.read_prompt(self.model, self.tokens[:, : self.config.prompt_bytes])
+
+    def measure(self, cell: Cell) -> Cell:
+        """What belongs to the settings of a cell."""
+        if cell["task"] == "prompts":
+            return self.prompts(cell["method"], cell["ratio"])
+        if cell["task"] == "stream":
+            return self.stream(cell["method"])
+        return self.speed(cell["ratio"])
 
     def prompts(self, method: str, ratio: int) -> Cell:
         """Bits a byte behind compressed prompts."""
@@ -46,13 +46,13 @@ class Work:
         caches = decoding.prefilled(self.prompt, cache, config.continuation_bytes)
         previous = self.tokens[:, length - 2 : length]
         repeated = text.with_repeats(self.tokens, length)
+        costs, again = (
+            decoding.costs(self.model, caches, tokens[:, length:], previous)
+            for tokens in (self.tokens, repeated)
+        )
         return {
-            "continuation": decoding.costs(
-                self.model, caches, self.tokens[:, length:], previous
-            ).mean(axis=1),
-            "repeated": decoding.costs(self.model, caches, repeated[:, length:], previous)[
-                :, text.CUE :
-            ].mean(axis=1),
+            "continuation": costs.mean(axis=1),
+            "repeated": again[:, text.CUE :].mean(axis=1),
             "bytes": sum(each.nbytes for each in caches),
         }
 
@@ -79,13 +79,8 @@ class Work:
         """Bytes of the caches, and time of decoding a byte, full and compressed in turns."""
         config, pairs = self.config, self.config.speed_pairs
         rng = jax.random.key(config.seed)
-        shape = (
-            self.model_config.num_layers,
-            1,
-            pairs,
-            self.model_config.num_kv_heads,
-            self.model_config.head_dim,
-        )
+        model = self.model_config
+        shape = (model.num_layers, 1, pairs, model.num_kv_heads, model.head_dim)
         keys, values = jax.random.normal(rng, (2, *shape))
         prompt = decoding.Prompt(np.zeros((1, pairs), np.int32), keys, values)
         full = decoding.prefilled(prompt, None, config.speed_turns + 1)
@@ -94,7 +89,7 @@ class Work:
         )
         compressed = decoding.prefilled(prompt, cache, 0)
         token, previous = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 2), jnp.int32)
-        query = jax.random.normal(rng, (1, 1, self.model_config.num_query_heads, shape[-1]))
+        query = jax.random.normal(rng, (1, 1, model.num_query_heads, shape[-1]))
         attend = jax.jit(lambda cache, query, key: cache.attend(query, key, key))
         step: dict[str, list[float]] = {"full": [], "compressed": []}
         attention: dict[str, list[float]] = {"full": [], "compressed": []}

@@ -37,29 +37,18 @@ _CLASSES = {
 
 
 def draw_errors(board: Board, texts: str) -> matplotlib.figure.Figure:
-    """Draw the errors of every method and ratio over those of uniform.
-
-    Args:
-      board: what was measured.
-      texts: what was read, for the title.
-    """
+    """Draw the errors of every method and ratio over uniform's; the title names the texts."""
     methods = [method for category in CATEGORIES for method in board.of(category)]
     figure = figures.new(5 + 1.3 * len(board.ratios), 2.2 + 0.34 * len(methods), dpi=130)
     panels = figure.subplots(1, 2)
-    for axes, metric, title in zip(
-        panels, ("mean", "tail"), ("mean over queries", "99th percentile of queries"), strict=True
-    ):
-        shares = np.array(
-            [
-                [board.over_reference(method.name, ratio, metric) for ratio in board.ratios]
-                for method in methods
-            ]
-        )
+    titles = {"mean": "mean over queries", "tail": "99th percentile of queries"}
+    for axes, (metric, title) in zip(panels, titles.items(), strict=True):
+        shares = [
+            [board.over_reference(method.name, ratio, metric) for ratio in board.ratios]
+            for method in methods
+        ]
         image = figures.heat_map(
-            axes,
-            shares,
-            _LEAST,
-            _MOST,
+            *(axes, np.array(shares), _LEAST, _MOST),
             [f"{ratio}×" for ratio in board.ratios],
             "{:.2f}".format,
             ~np.isfinite(shares),
@@ -104,9 +93,7 @@ def _cloud(axes: Axes, board: Board, cost: Callable[[Entry], float]) -> None:
         look = _CLASSES[category]
         for number, method in enumerate(board.of(category)):
             entries = [
-                board.entries[method.name, ratio]
-                for ratio in board.ratios
-                if (method.name, ratio) in board.entries
+                each for ratio in board.ratios for _, each in board.measured([method], ratio)
             ]
             places = np.array([cost(entry) for entry in entries])
             errors = np.array([geometric_mean(entry.mean) for entry in entries])
@@ -155,12 +142,7 @@ def _cloud(axes: Axes, board: Board, cost: Callable[[Entry], float]) -> None:
 
 
 def draw_pareto(board: Board, texts: str) -> matplotlib.figure.Figure:
-    """Draw the errors against bytes, and against seconds.
-
-    Args:
-      board: what was measured.
-      texts: what was read, for the title.
-    """
+    """Draw the errors against bytes, and against seconds. `texts` are named in the title."""
     figure = figures.new(15, 7.5, dpi=130)
     left, right = figure.subplots(1, 2, sharey=True)
     _cloud(left, board, lambda entry: entry.bytes / 1e6)

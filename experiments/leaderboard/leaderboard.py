@@ -39,7 +39,7 @@ import pathlib
 
 import ml_collections
 
-from experiments.common import command, figures, metrics, programs, results
+from experiments.common import command, figures, metrics, results
 from experiments.common.methods import chosen, identity
 from experiments.common.tables import stamp
 from experiments.leaderboard import texts as kinds_of_text
@@ -61,45 +61,26 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"ratios must be at least 2 and include ratio, got {config.ratios} and {config.ratio}"
         )
-    if not 1 <= config.fitting_bytes <= config.prompt_bytes:
-        raise ValueError(
-            "fitting_bytes must be between 1 and prompt_bytes, "
-            f"got {config.fitting_bytes} and {config.prompt_bytes}"
-        )
-    if not text.CUE + 2 <= config.continuation_bytes <= config.prompt_bytes:
-        raise ValueError(
-            f"continuation_bytes must be between {text.CUE + 2} and prompt_bytes, "
-            f"got {config.continuation_bytes} and {config.prompt_bytes}"
-        )
+    for name, least in (("fitting_bytes", 1), ("continuation_bytes", text.CUE + 2)):
+        if not least <= config[name] <= config.prompt_bytes:
+            raise ValueError(
+                f"{name} must be between {least} and prompt_bytes, "
+                f"got {config[name]} and {config.prompt_bytes}"
+            )
 
 
 def cells(config: ml_collections.ConfigDict) -> list[Cell]:
     """The settings of all cells, in the order in which they are measured."""
-    shared = {
+    shared: Cell = {
         "experiment": "leaderboard",
         "model": results.digest(config.checkpoint or lm.CHECKPOINT),
         # Not that of the table of methods: another line in it changes no finished cell.
-        "code": results.digest(
-            *(
-                part.__file__
-                for part in (
-                    works,
-                    kinds_of_text,
-                    metrics,
-                    attention,
-                    decoding,
-                    decoder,
-                    lm,
-                    text,
-                )
-            )
+        "code": results.source_digest(
+            works, kinds_of_text, metrics, attention, decoding, decoder, lm, text
         ),
-        "passages": config.passages,
-        "text_seed": config.text_seed,
-        "prompt_bytes": config.prompt_bytes,
-        "continuation_bytes": config.continuation_bytes,
-        "fitting_bytes": config.fitting_bytes,
     }
+    for name in ("passages", "text_seed", "prompt_bytes", "continuation_bytes", "fitting_bytes"):
+        shared[name] = config[name]
     found: list[Cell] = [{**shared, "method": "exact", "kind": kind} for kind in config.kinds]
     for ratio in config.ratios:
         for method in chosen(config.methods):
@@ -120,24 +101,15 @@ def cells(config: ml_collections.ConfigDict) -> list[Cell]:
 
 def measure(config: ml_collections.ConfigDict, store: results.Results) -> Board:
     """Measure the cells that the store does not have yet, and gather all of them."""
-
-    @functools.cache
-    def work() -> Work:
-        return Work(config)
-
-    def one(cell: Cell) -> Cell:
-        if cell["method"] == "exact":
-            found = work().exact(cell["kind"])
-        else:
-            place = (cell[name] for name in ("method", "kind", "ratio", "seed"))
-            found = work().compressed(*place)
-        if programs.forget_if_many():
-            work().warm.clear()
-        return found
-
+    work = functools.cache(lambda: Work(config))
     every = cells(config)
-    label = results.labeled_by("method", "ratio", "kind", "seed")
-    known = store.complete(every, one, "measuring", settings=dict, label=label)
+    known = store.complete(
+        every,
+        lambda cell: work().measure(cell),
+        "measuring",
+        settings=dict,
+        label=results.labeled_by("method", "ratio", "kind", "seed"),
+    )
     return gather(list(zip(every, known, strict=True)), chosen(config.methods))
 
 

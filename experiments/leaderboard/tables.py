@@ -11,21 +11,6 @@ from experiments.common.metrics import geometric_mean
 from experiments.common.tables import Row, print_table
 
 Found = list[tuple[dict[str, Any], dict[str, Any]]]
-Column = Callable[[Method], float | None]
-
-
-class _Shown(NamedTuple):
-    """A column of a table.
-
-    Attributes:
-      read: a figure of every method.
-      style: in which it is written.
-      spread: how uncertain it is, if that is known.
-    """
-
-    read: Column
-    style: str
-    spread: Column | None = None
 
 
 TASKS = ("continuation", "repeated")
@@ -101,6 +86,11 @@ class Board(NamedTuple):
         """The methods of a class."""
         return [method for method in self.methods if method.category == category]
 
+    def measured(self, methods: Sequence[Method], ratio: int) -> list[tuple[Method, Entry]]:
+        """Those of some methods that have an entry at a ratio, with it."""
+        names = [(method, (method.name, ratio)) for method in methods]
+        return [(method, self.entries[name]) for method, name in names if name in self.entries]
+
     def seeds(self, method: Method) -> str:
         """How many seeds a method has, as text; none where it draws nothing."""
         found = [entry for (name, _), entry in self.entries.items() if name == method.name]
@@ -115,12 +105,7 @@ class Board(NamedTuple):
 
 
 def gather(found: Found, methods: tuple[Method, ...]) -> Board:
-    """The board of all cells.
-
-    Args:
-      found: settings and measurements of the cells.
-      methods: the methods among them.
-    """
+    """The board of all cells, given their settings and measurements, and the methods among them."""
     exact = {cell["kind"]: known for cell, known in found if cell["method"] == "exact"}
     grouped: dict[tuple[str, int], Found] = {}
     for cell, known in found:
@@ -133,15 +118,9 @@ def gather(found: Found, methods: tuple[Method, ...]) -> Board:
             failures[place] = failed[0]
         else:
             entries[place] = _entry(cells, exact)
-    return Board(
-        methods,
-        sorted({ratio for _, ratio in grouped}),
-        list(exact),
-        entries,
-        failures,
-        {task: float(np.mean([known[task] for known in exact.values()])) for task in TASKS},
-        next(iter(exact.values()))["bytes"],
-    )
+    means = {task: float(np.mean([known[task] for known in exact.values()])) for task in TASKS}
+    ratios, size = sorted({ratio for _, ratio in grouped}), next(iter(exact.values()))["bytes"]
+    return Board(methods, ratios, list(exact), entries, failures, means, size)
 
 
 def _entry(cells: Found, exact: dict[str, dict[str, Any]]) -> Entry:
@@ -167,24 +146,43 @@ def _entry(cells: Found, exact: dict[str, dict[str, Any]]) -> Entry:
     )
 
 
-def format_number(value: float | None, style: str) -> str:
+def format_number(value: float, style: str) -> str:
     """A figure as text; a dash where there is none."""
-    return "–" if value is None or not np.isfinite(value) else format(value, style)
+    return format(value, style) if np.isfinite(value) else "–"
 
 
-def _column(values: Sequence[float | None], style: str) -> list[str]:
-    """A column of a class as text, its smallest figures marked."""
-    known = [value for value in values if value is not None and np.isfinite(value)]
-    least = min(known, default=None)
-    return [("*" if value == least else "") + format_number(value, style) for value in values]
+class _Column(NamedTuple):
+    """A column of a table.
+
+    Attributes:
+      read: a figure of an entry.
+      ratio: that of the entries.
+      style: how the figure is written.
+      spread: how uncertain it is, if that is known.
+    """
+
+    read: Callable[[Entry], float]
+    ratio: int
+    style: str = ".4f"
+    spread: Callable[[Entry], float] | None = None
+
+
+def _texts(board: Board, methods: Sequence[Method], column: _Column) -> list[str]:
+    """A column of the methods of a class as text, its smallest figures marked."""
+    entries = [board.entries.get((method.name, column.ratio)) for method in methods]
+    values = [np.nan if entry is None else column.read(entry) for entry in entries]
+    least = min(filter(np.isfinite, values), default=None)
+    texts = []
+    for entry, value in zip(entries, values, strict=True):
+        text = ("*" if value == least else "") + format_number(value, column.style)
+        if entry is not None and column.spread is not None and np.isfinite(value):
+            text += f" ± {format_number(column.spread(entry), column.style)}"
+        texts.append(text)
+    return texts
 
 
 def _print_columns(
-    board: Board,
-    title: str,
-    headers: list[str],
-    columns: Sequence[_Shown],
-    caption: str,
+    board: Board, title: str, headers: list[str], columns: Sequence[_Column], caption: str
 ) -> None:
     """Print a row for each method, with the best of each class and column marked."""
     rows: list[Row] = []
@@ -192,49 +190,23 @@ def _print_columns(
         methods = board.of(category)
         if not methods:
             continue
-        cells = []
-        for read, style, spread in columns:
-            shown = _column([read(method) for method in methods], style)
-            if spread is not None:
-                known = [format_number(spread(method), style) for method in methods]
-                pairs = zip(shown, known, strict=True)
-                shown = [f"{text} ± {error}" if text != "–" else text for text, error in pairs]
-            cells.append(shown)
+        cells = [_texts(board, methods, column) for column in columns]
         rows += [None] if rows else []
         rows += [
             [category if number == 0 else "", method.title, board.seeds(method), *row]
             for number, (method, *row) in enumerate(zip(methods, *cells, strict=True))
         ]
-    print_table(
-        title,
-        ["class", "method", "seeds", *headers],
-        rows,
-        left=("class", "method"),
-        caption=caption,
-    )
-
-
-def _at(board: Board, ratio: int, read: Callable[[Entry], float]) -> Column:
-    """A column: a figure of every method at one ratio."""
-
-    def column(method: Method) -> float | None:
-        entry = board.entries.get((method.name, ratio))
-        return None if entry is None else read(entry)
-
-    return column
-
-
-def _kind_error(kind: int, entry: Entry) -> float:
-    return geometric_mean(entry.mean[kind])
-
-
-def _kind_bits(kind: int, entry: Entry) -> float:
-    return float(np.mean(entry.continuation[kind]))
+    named = ["class", "method", "seeds", *headers]
+    print_table(title, named, rows, left=("class", "method"), caption=caption)
 
 
 def mean_loss(loss: str, entry: Entry) -> float:
     """Bits a byte in the mean over seeds and passages; one of `LOSSES`."""
     return float(np.mean(entry.by_passage(loss)))
+
+
+def _loss(loss: str) -> Callable[[Entry], float]:
+    return functools.partial(mean_loss, loss)
 
 
 def standard_error(loss: str, entry: Entry) -> float:
@@ -260,77 +232,69 @@ def print_board(board: Board, ratio: int, texts: str, stamp: str) -> None:
       stamp: seeds and versions.
     """
     headers = [f"{each}×" for each in board.ratios]
-    geometric = "geometric mean over layers, heads, texts and seeds"
+    norm = "mean norm of outputs; geometric mean over layers, heads, texts and seeds"
+    over = "bits a byte over those of the full cache"
     bits = {task: f"{cost:.4f} bits a byte" for task, cost in board.exact.items()}
-    tasks: list[tuple[str, Callable[[Entry], float], str]] = [
+    changed = "divergence of the predictions"
+    tasks: list[tuple[str, str, Callable[[Entry], float]]] = [
         (
-            f"Attention error, mean over queries / mean norm of outputs; {geometric}",
+            f"Attention error, mean over queries / {norm}",
+            ".4f",
             lambda entry: geometric_mean(entry.mean),
-            ".4f",
         ),
         (
-            f"Attention error, 99th percentile of queries / mean norm of outputs; {geometric}",
+            f"Attention error, 99th percentile of queries / {norm}",
+            ".4f",
             lambda entry: geometric_mean(entry.tail),
+        ),
+        (f"Continuation: {over}, {bits['continuation']}", "+.4f", _loss("continuation")),
+        (f"A passage repeated: {over}, {bits['repeated']}", "+.4f", _loss("repeated")),
+        (
+            f"Continuation: {changed} from those of the full cache, bits a byte",
             ".4f",
+            _loss("continuation_divergence"),
         ),
-        (
-            f"Continuation: bits a byte over those of the full cache, {bits['continuation']}",
-            functools.partial(mean_loss, "continuation"),
-            "+.4f",
-        ),
-        (
-            f"A passage repeated: bits a byte over those of the full cache, {bits['repeated']}",
-            functools.partial(mean_loss, "repeated"),
-            "+.4f",
-        ),
-        (
-            "Continuation: divergence of the predictions from those of the full cache, bits a byte",
-            functools.partial(mean_loss, "continuation_divergence"),
-            ".4f",
-        ),
-        (
-            "A passage repeated: divergence of the predictions, bits a byte",
-            functools.partial(mean_loss, "repeated_divergence"),
-            ".4f",
-        ),
+        (f"A passage repeated: {changed}, bits a byte", ".4f", _loss("repeated_divergence")),
         (
             "Compression of a prompt, all layers and heads, compiled: seconds, median",
-            lambda entry: entry.seconds,
             ".3g",
+            lambda entry: entry.seconds,
         ),
         (
             f"Bytes of a prompt, all layers and heads: MB, the full cache {board.bytes / 1e6:.3f}",
-            lambda entry: entry.bytes / 1e6,
             ".3f",
+            lambda entry: entry.bytes / 1e6,
         ),
     ]
     caption = f"{texts}.\n*: the best of its class. seeds: – draws nothing. –: see below."
-    for title, read, style in tasks:
-        columns = [_Shown(_at(board, each, read), style) for each in board.ratios]
+    for title, style, read in tasks:
+        columns = [_Column(read, each, style) for each in board.ratios]
         _print_columns(board, title, headers, columns, caption)
 
-    places = range(len(board.kinds))
+    def error_of(kind: int) -> Callable[[Entry], float]:
+        return lambda entry: geometric_mean(entry.mean[kind])
+
+    def bits_of(kind: int) -> Callable[[Entry], float]:
+        return lambda entry: float(np.mean(entry.continuation[kind]))
+
+    kinds = range(len(board.kinds))
     _print_columns(
         board,
         f"By kind of text at {ratio}×: mean attention error, and bits a byte of the continuation",
         [f"{kind}, {what}" for what in ("error", "bits") for kind in board.kinds],
-        [_Shown(_at(board, ratio, functools.partial(_kind_error, kind)), ".4f") for kind in places]
-        + [
-            _Shown(_at(board, ratio, functools.partial(_kind_bits, kind)), "+.4f")
-            for kind in places
-        ],
+        [_Column(error_of(kind), ratio) for kind in kinds]
+        + [_Column(bits_of(kind), ratio, "+.4f") for kind in kinds],
         f"{caption}\n{stamp}",
     )
-    sure: list[_Shown] = []
-    for loss in LOSSES:
-        mean, error = (functools.partial(read, loss) for read in (mean_loss, standard_error))
-        sure.append(_Shown(_at(board, ratio, mean), ".4f", _at(board, ratio, error)))
-    sure += [_Shown(_at(board, ratio, functools.partial(_size, task)), ".4f") for task in TASKS]
     _print_columns(
         board,
         f"Bits a byte at {ratio}×: losses, with their standard errors, and how large they are",
         [*LOSSES.values(), *(f"{task}, size" for task in TASKS)],
-        sure,
+        [
+            _Column(_loss(loss), ratio, spread=functools.partial(standard_error, loss))
+            for loss in LOSSES
+        ]
+        + [_Column(functools.partial(_size, task), ratio) for task in TASKS],
         "±: standard error of the mean over passages; – if there is one of each kind.\n"
         "size: mean over passages of the loss without its sign.",
     )

@@ -37,29 +37,19 @@ def judge(board: Board, method: Method, ratio: int) -> Verdict:
     shares: dict[str, list[np.ndarray]] = {"mean": [], "tail": []}
     cells = 0
     for each in board.ratios:
-        entries = [
-            board.entries[rival.name, each]
-            for rival in rivals
-            if (rival.name, each) in board.entries
-        ]
-        if not entries:
-            continue
-        cells += entries[0].by_cell("mean").size
+        entries = [entry for _, entry in board.measured(rivals, each)]
+        cells += entries[0].by_cell("mean").size if entries else 0
         ours = board.entries.get((method.name, each))
-        if ours is None:
-            continue
-        for metric, found in shares.items():
-            best = np.min([entry.by_cell(metric) for entry in entries], axis=0)
-            found.append((ours.by_cell(metric) / best).ravel())
+        if ours is not None and entries:
+            for metric, found in shares.items():
+                best = np.min([entry.by_cell(metric) for entry in entries], axis=0)
+                found.append((ours.by_cell(metric) / best).ravel())
     losses: dict[str, tuple[float, float, str] | None] = {}
+    ours = board.entries.get((method.name, ratio))
     for name in LOSSES:
-        known = [
-            (mean_loss(name, board.entries[rival.name, ratio]), rival.label)
-            for rival in rivals
-            if (rival.name, ratio) in board.entries
-        ]
+        entered = board.measured(rivals, ratio)
+        known = [(mean_loss(name, entry), rival.label) for rival, entry in entered]
         known = [pair for pair in known if np.isfinite(pair[0])]
-        ours = board.entries.get((method.name, ratio))
         losses[name] = (mean_loss(name, ours), *min(known)) if known and ours is not None else None
     joined = {name: np.concatenate([np.zeros(0), *found]) for name, found in shares.items()}
     return Verdict(joined, cells, losses)
@@ -101,15 +91,7 @@ def print_verdict(board: Board, ratio: int) -> None:
             bits.append(row)
     print_table(
         "Verdict: ours over the best rival of its class in every cell, geometric mean",
-        [
-            "class",
-            "ours",
-            "mean error",
-            "≤ 1 in",
-            "99th percentile",
-            "≤ 1 in",
-            "cells",
-        ],
+        ["class", "ours", "mean error", "≤ 1 in", "99th percentile", "≤ 1 in", "cells"],
         errors,
         left=("class", "ours"),
         caption=(
@@ -127,23 +109,16 @@ def print_verdict(board: Board, ratio: int) -> None:
             "predictions from those of the full cache.\nratio: – where a loss is not above zero."
         ),
     )
-    subsets = [
-        method for method in board.methods if method.has("subset") and method.category in EVEN
-    ]
+    rows = []
+    for method in board.methods:
+        if method.has("subset") and method.category in EVEN:
+            over = (board.over_reference(method.name, ratio, metric) for metric in ("mean", "tail"))
+            numbers = (format_number(share, ".3f") for share in over)
+            rows.append([method.category, method.title, *numbers])
     print_table(
         f"Subsets at {ratio}×, nothing refitted: error over that of uniform",
         ["class", "method", "mean", "99th percentile"],
-        [
-            [
-                method.category,
-                method.title,
-                *(
-                    format_number(board.over_reference(method.name, ratio, metric), ".3f")
-                    for metric in ("mean", "tail")
-                ),
-            ]
-            for method in subsets
-        ],
+        rows,
         left=("class", "method"),
         caption="Geometric mean over the cells of that ratio.",
     )

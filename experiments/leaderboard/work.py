@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 import coreset_jax as cj
 from coreset_jax import baselines
 from coreset_jax._src.core.coreset import whole_cache
+from experiments.common import programs
 from experiments.common.methods import METHODS, Method
 from experiments.common.metrics import BLOCK_SIZE, relative_error
 from experiments.leaderboard import texts as kinds_of_text
@@ -191,6 +192,16 @@ class Work:
                 for task, (tokens, _) in self.tasks(kind).items()
             }
         return self._expected[kind]
+
+    def measure(self, cell: Cell) -> Cell:
+        """What belongs to the settings of a cell."""
+        if cell["method"] == "exact":
+            found = self.exact(cell["kind"])
+        else:
+            found = self.compressed(cell["method"], cell["kind"], cell["ratio"], cell["seed"])
+        if programs.forget_if_many():
+            self.warm.clear()
+        return found
 
     def exact(self, kind: str) -> Cell:
         """Bits a byte behind the full cache."""

@@ -21,9 +21,13 @@ import safetensors.numpy
 import coreset_jax as cj
 from coreset_jax.baselines import SignedCoreset
 from experiments.common import results
+from experiments.model import lm
 
 FORMAT = "coreset_jax compressed cache 1"
 """The entry `format` in the header of every file."""
+
+# The other entries of the header, beside those of the source.
+_SHAPE = ("layers", "kv_heads", "size", "key_dim", "value_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +86,7 @@ def save(path: str | os.PathLike[str], cache: CompressedCache) -> None:
     fields = {field: np.asarray(array) for field, array in cache.coreset._asdict().items()}
     _check(path, fields, cache.source)
     layers, heads, size, width = fields["keys"].shape
-    shape = {
-        "layers": layers,
-        "kv_heads": heads,
-        "size": size,
-        "key_dim": width,
-        "value_dim": fields["values"].shape[-1],
-    }
+    shape = dict(zip(_SHAPE, (layers, heads, size, width, fields["values"].shape[-1]), strict=True))
     header = {"format": FORMAT, **dataclasses.asdict(cache.source), **shape}
     tensors = {
         # safetensors writes the buffer as it lies, so that a layer must lie by itself.
@@ -139,9 +137,7 @@ def load(path: str | os.PathLike[str]) -> CompressedCache:
             for field in dataclasses.fields(Source)
         }
         source = Source(**entries)
-        layers, heads, size, key_dim, value_dim = (
-            int(header[name]) for name in ("layers", "kv_heads", "size", "key_dim", "value_dim")
-        )
+        layers, heads, size, key_dim, value_dim = (int(header[name]) for name in _SHAPE)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file} has a header with a missing or broken entry: {error}") from error
 
@@ -154,10 +150,7 @@ def load(path: str | os.PathLike[str]) -> CompressedCache:
     if "layers.0.normalizers" in tensors:
         expected["normalizers"] = (heads, size)
     shapes = {f"layers.{i}.{field}": expected[field] for i in range(layers) for field in expected}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if not shapes or shapes != found:
-        differing = sorted(set(shapes.items()) ^ set(found.items()))
-        raise ValueError(f"{file} does not fit its own header; differing tensors: {differing[:4]}")
+    lm.check_shapes(f"{file} does not fit its own header", shapes, tensors)
     fields = {
         field: np.stack([tensors[f"layers.{i}.{field}"] for i in range(layers)])
         for field in expected

@@ -25,6 +25,10 @@ from experiments.model.attention import causal_attention
 VOCABULARY = 256
 
 DotGeneral = Callable[..., Array]
+Residual = Float[Array, "batch length embed_dim"]
+Positions = Int[Array, "#batch length"]
+Queries = Float[Array, "batch length query_heads head_dim"]
+Pairs = Float[Array, "batch length kv_heads head_dim"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +74,7 @@ class ModelConfig:
 
 
 def rope(
-    x: Float[Array, "batch length heads head_dim"],
-    positions: Int[Array, "#batch length"],
-    base: float,
+    x: Float[Array, "batch length heads head_dim"], positions: Positions, base: float
 ) -> Float[Array, "batch length heads head_dim"]:
     """Rotate queries or keys by their positions (Su et al., RoFormer, 2021).
 
@@ -115,15 +117,7 @@ class Attention(nnx.Module):
         # Zero: every block starts as the identity.
         self.out = linear(query_dim, config.embed_dim, kernel_init=nnx.initializers.zeros)
 
-    def project(
-        self,
-        x: Float[Array, "batch length embed_dim"],
-        positions: Int[Array, "#batch length"],
-    ) -> tuple[
-        Float[Array, "batch length query_heads head_dim"],
-        Float[Array, "batch length kv_heads head_dim"],
-        Float[Array, "batch length kv_heads head_dim"],
-    ]:
+    def project(self, x: Residual, positions: Positions) -> tuple[Queries, Pairs, Pairs]:
         """Return queries and keys, both after RoPE, and values, all float32."""
         lead = x.shape[:-1]
         queries = self.query(x).reshape(*lead, self.num_query_heads, self.head_dim)
@@ -135,17 +129,11 @@ class Attention(nnx.Module):
             values.astype(jnp.float32),
         )
 
-    def merge(
-        self, heads: Float[Array, "batch length query_heads head_dim"]
-    ) -> Float[Array, "batch length embed_dim"]:
+    def merge(self, heads: Queries) -> Residual:
         """Mix the outputs of all heads back into the residual stream."""
         return self.out(heads.reshape(*heads.shape[:-2], -1))
 
-    def __call__(
-        self,
-        x: Float[Array, "batch length embed_dim"],
-        positions: Int[Array, "#batch length"],
-    ) -> Float[Array, "batch length embed_dim"]:
+    def __call__(self, x: Residual, positions: Positions) -> Residual:
         """Project, attend to the past, merge."""
         return self.merge(causal_attention(*self.project(x, positions)))
 
@@ -176,11 +164,7 @@ class Block(nnx.Module):
         self.mlp_norm = nnx.RMSNorm(config.embed_dim, rngs=rngs)
         self.mlp = MLP(config, dot_general=dot_general, rngs=rngs)
 
-    def __call__(
-        self,
-        x: Float[Array, "batch length embed_dim"],
-        positions: Int[Array, "#batch length"],
-    ) -> Float[Array, "batch length embed_dim"]:
+    def __call__(self, x: Residual, positions: Positions) -> Residual:
         """Return the residual stream behind the block."""
         x = x + self.attention(self.attention_norm(x), positions)
         return x + self.mlp(self.mlp_norm(x))
@@ -204,7 +188,7 @@ class Embedding(nnx.Module):
 
     def __call__(
         self, tokens: Int[Array, "batch length"], previous: Int[Array, "batch 2"]
-    ) -> Float[Array, "batch length embed_dim"]:
+    ) -> Residual:
         """Embed `tokens`, given the two bytes before them."""
         context = jnp.concatenate([previous, tokens], axis=1).astype(jnp.uint32)
         last, second, third = context[:, 2:], context[:, 1:-1], context[:, :-2]
@@ -249,7 +233,7 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "batch length"],
-        positions: Int[Array, "#batch length"] | None = None,
+        positions: Positions | None = None,
         previous: Int[Array, "batch 2"] | None = None,
     ) -> Float[Array, "batch length 256"]:
         """Return the logits of the byte after every position.
@@ -270,9 +254,9 @@ class Decoder(nnx.Module):
     def embed(
         self,
         tokens: Int[Array, "batch length"],
-        positions: Int[Array, "#batch length"] | None = None,
+        positions: Positions | None = None,
         previous: Int[Array, "batch 2"] | None = None,
-    ) -> tuple[Float[Array, "batch length embed_dim"], Int[Array, "#batch length"]]:
+    ) -> tuple[Residual, Positions]:
         """Return the first residual stream and the positions; arguments as for the call."""
         tokens = checked(tokens, ranks=(2,))
         if positions is None:
@@ -285,7 +269,7 @@ class Decoder(nnx.Module):
             )
         return self.embedding(tokens, previous), positions
 
-    def logits(self, x: Float[Array, "batch length embed_dim"]) -> Float[Array, "batch length 256"]:
+    def logits(self, x: Residual) -> Float[Array, "batch length 256"]:
         """Map the last residual stream to logits."""
         return self.head(self.final_norm(x))
 

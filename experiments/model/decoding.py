@@ -22,6 +22,9 @@ from experiments.model.attention import Held, attend, by_head
 from experiments.model.decoder import Block
 from experiments.model.text import BOUNDARY
 
+Queries = Float[Array, "batch length heads head_dim"]
+NewPairs = Float[Array, "batch length kv_heads head_dim"]
+
 
 class FullCache(NamedTuple):
     """A cache that keeps everything, as large as the longest sequence.
@@ -47,20 +50,11 @@ class FullCache(NamedTuple):
         filled = jnp.arange(self.keys.shape[2]) < self.lengths[:, None, None]
         return self.keys, self.values, jnp.where(filled, 0.0, -jnp.inf)
 
-    def attend(
-        self,
-        queries: Float[Array, "batch length heads head_dim"],
-        keys: Float[Array, "batch length kv_heads head_dim"],
-        values: Float[Array, "batch length kv_heads head_dim"],
-    ) -> Float[Array, "batch length heads head_dim"]:
+    def attend(self, queries: Queries, keys: NewPairs, values: NewPairs) -> Queries:
         """Attend to the cache and, causally, to the new pairs."""
         return attend(queries, by_head(keys), by_head(values), [self.held])
 
-    def append(
-        self,
-        keys: Float[Array, "batch length kv_heads head_dim"],
-        values: Float[Array, "batch length kv_heads head_dim"],
-    ) -> FullCache:
+    def append(self, keys: NewPairs, values: NewPairs) -> FullCache:
         """Write the new pairs behind the others."""
         write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
         return FullCache(
@@ -88,12 +82,7 @@ class CoresetPrompt(NamedTuple):
         """Bytes of all arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
-    def attend(
-        self,
-        queries: Float[Array, "batch length heads head_dim"],
-        keys: Float[Array, "batch length kv_heads head_dim"],
-        values: Float[Array, "batch length kv_heads head_dim"],
-    ) -> Float[Array, "batch length heads head_dim"]:
+    def attend(self, queries: Queries, keys: NewPairs, values: NewPairs) -> Queries:
         """Attend to the coreset, to the pairs behind it and, causally, to the new ones."""
         keys, values = by_head(keys), by_head(values)
         parts: list[Held] = [self.coreset[:3], self.recent.held]
@@ -108,11 +97,7 @@ class CoresetPrompt(NamedTuple):
         outputs = attend(queries, keys, _with_column(values, 1.0), parts)
         return outputs[..., :-1] / outputs[..., -1:]
 
-    def append(
-        self,
-        keys: Float[Array, "batch length kv_heads head_dim"],
-        values: Float[Array, "batch length kv_heads head_dim"],
-    ) -> CoresetPrompt:
+    def append(self, keys: NewPairs, values: NewPairs) -> CoresetPrompt:
         """Write the new pairs behind the others."""
         return CoresetPrompt(
             self.coreset, self.recent.append(keys, values), self.lengths + keys.shape[1]

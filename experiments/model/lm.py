@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -202,10 +203,7 @@ def load(path: str | os.PathLike[str] | None = None) -> tuple[Decoder, ModelConf
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0))))
     tensors = safetensors.numpy.load_file(file)
     expected = {name: leaf.shape for name, leaf in _flat(state).items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if expected != found:
-        differing = sorted(set(expected.items()) ^ set(found.items()))
-        raise ValueError(f"{file} does not fit its own config; differing tensors: {differing[:4]}")
+    check_shapes(f"{file} does not fit its own config", expected, tensors)
     filled = [
         (path, leaf.replace(jnp.asarray(tensors[_name(path)], jnp.float32)))
         for path, leaf in nnx.to_flat_state(state)
@@ -247,6 +245,16 @@ def save(
     header = {**metadata, "model": json.dumps(dataclasses.asdict(config))}
     with results.replacing(path) as partial:
         safetensors.numpy.save_file(tensors, partial, metadata=header)
+
+
+def check_shapes(
+    complaint: str, expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Raise `ValueError` with a complaint if tensors are not of the names and shapes expected."""
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if not expected or expected != found:
+        differing = sorted(set(expected.items()) ^ set(found.items()))
+        raise ValueError(f"{complaint}; differing tensors: {differing[:4]}")
 
 
 def _flat(state: nnx.State[Any, Any]) -> dict[str, Any]:

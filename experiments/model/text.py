@@ -103,11 +103,7 @@ def stdlib_files(split: Split) -> tuple[pathlib.Path, ...]:
 
 def _excluded_folder(relative: str) -> bool:
     name = relative.rsplit("/", 1)[-1]
-    return (
-        relative in _EXCLUDED_DIRECTORIES
-        or name in _EXCLUDED_DIRECTORIES
-        or name.startswith(_EXCLUDED_PREFIXES)
-    )
+    return bool({relative, name} & _EXCLUDED_DIRECTORIES) or name.startswith(_EXCLUDED_PREFIXES)
 
 
 def read_tokens(path: str | os.PathLike[str]) -> UInt8[np.ndarray, " length"]:

@@ -95,26 +95,19 @@ def train(
     records = _records_until(output / "log.jsonl", int(state.step))
     stream, heldout = text.stream("train"), text.stream("heldout")
     sample = text.windows(heldout, config.evaluation_windows, config.evaluation_width)
-    logging.info(
-        "%d parameters, %d training bytes, %d held-out bytes, %d steps",
-        lm.parameter_count(model),
-        stream.size,
-        heldout.size,
-        total,
-    )
+    sizes = lm.parameter_count(model), stream.size, heldout.size, total
+    logging.info("%d parameters, %d training bytes, %d held-out bytes, %d steps", *sizes)
+
+    def exact() -> decoder.Decoder:
+        return nnx.merge(exact_graph, state.parameters)
 
     def export(step: int, metadata: dict[str, str]) -> decoder.Decoder:
-        exact = nnx.merge(exact_graph, state.parameters)
         read = sum(phase.batch * phase.length * steps for phase, steps in _progress(phases, step))
         if config.start:
             read += int(lm.metadata(config.start)["bytes_read"])
-        lm.save(
-            output / "model.safetensors",
-            exact,
-            model_config,
-            {"seed": str(config.seed), "step": str(step), "bytes_read": str(read), **metadata},
-        )
-        return exact
+        header = {"seed": str(config.seed), "step": str(step), "bytes_read": str(read), **metadata}
+        lm.save(output / "model.safetensors", exact(), model_config, header)
+        return exact()
 
     update = make_step(graph, optimizer)
     losses: list[Array] = []
@@ -142,8 +135,7 @@ def train(
                 "bytes_per_second": window_bytes / (time.monotonic() - window_began),
             }
             if evaluates:
-                exact = nnx.merge(exact_graph, state.parameters)
-                record["heldout_bits_per_byte"] = lm.bits_per_byte(exact, sample)
+                record["heldout_bits_per_byte"] = lm.bits_per_byte(exact(), sample)
             record["elapsed"] = before + time.monotonic() - began
             log.write(json.dumps(record) + "\n")
             log.flush()
@@ -151,11 +143,9 @@ def train(
             losses.clear()
             window_began, window_bytes = time.monotonic(), 0
     if last < total:
-        return nnx.merge(exact_graph, state.parameters)
+        return exact()
     width = config.heldout_window
-    bits = lm.stream_bits_per_byte(
-        nnx.merge(exact_graph, state.parameters), heldout[: config.heldout_bytes], width
-    )
+    bits = lm.stream_bits_per_byte(exact(), heldout[: config.heldout_bytes], width)
     logging.info("held-out files, in windows of %d bytes: %.4f bits/byte", width, bits)
     return export(total, {"heldout_bits_per_byte": f"{bits:.4f}", "heldout_window": str(width)})
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from experiments.common import results
-from experiments.model import decoder
+from experiments.model import decoder, lm
 
 Parameters = nnx.State[Any, Any]
 
@@ -243,12 +243,7 @@ def read_checkpoint(path: pathlib.Path, like: TrainState) -> TrainState:
     tensors = safetensors.numpy.load_file(path)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     expected = {jax.tree_util.keystr(key): np.shape(leaf) for key, leaf in leaves}
-    found = {key: value.shape for key, value in tensors.items()}
-    if expected != found:
-        differing = sorted(set(expected.items()) ^ set(found.items()))
-        raise ValueError(
-            f"{path} was written for another config; differing tensors: {differing[:4]}"
-        )
+    lm.check_shapes(f"{path} was written for another config", expected, tensors)
     return jax.tree.unflatten(
         structure, [jnp.asarray(tensors[jax.tree_util.keystr(key)]) for key, _ in leaves]
     )

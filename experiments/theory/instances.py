@@ -35,19 +35,10 @@ def gaussian(rng: Array, count: int, width: int, value_width: int) -> Instance:
 
 
 def unit_sphere(rng: Array, count: int, width: int, value_width: int) -> Instance:
-    r"""Keys and values uniform on unit spheres, :math:`\|k_i\| = \|v_i\| = 1`.
+    r"""Keys and values uniform on unit spheres, :math:`\|k_i\| = \|v_i\| = 1`; see `gaussian`.
 
     The hardest shape for the unit problem short of a planted instance: no key is closer to the
     mean than any other, and no value is smaller.
-
-    Args:
-      rng: a JAX random key.
-      count: pairs, n.
-      width: width of the keys, d.
-      value_width: width of the values, dv.
-
-    Returns:
-      float32 keys ``[n, d]`` and values ``[n, dv]``.
 
     >>> keys, values = unit_sphere(jax.random.key(0), 100, 16, 8)
     >>> bool(jnp.allclose(jnp.linalg.norm(keys, axis=-1), 1.0))
@@ -61,6 +52,5 @@ def unit_sphere(rng: Array, count: int, width: int, value_width: int) -> Instanc
 
 
 INSTANCES: dict[str, Callable[[Array, int, int, int], Instance]] = {
-    "gaussian": gaussian,
-    "unit_sphere": unit_sphere,
+    function.__name__: function for function in (gaussian, unit_sphere)
 }

@@ -61,64 +61,24 @@ _WALKS = tuple(name for name in METHODS if name not in theory.METHODS)
 
 def laws(config: ml_collections.ConfigDict) -> list[Law]:
     """The laws of a configuration."""
+    times_size = "worst error × $m$"
+    expected = {"balanced": "−1", "uniform": "−1/2"}
+    width, rho = "width of keys and values, $d$", r"radius of the queries, $\rho$"
+    count, walks = "pairs in the cache, $n$", dict.fromkeys(_WALKS, "0") | {"random signs": "1/2"}
     return [
-        Law(
-            "size",
-            "size",
-            tuple(config.sizes),
-            {"balanced": "−1", "uniform": "−1/2"},
-            "pairs kept, $m$",
-            "worst error",
-        ),
-        Law(
-            "width",
-            "width",
-            tuple(config.widths),
-            {"balanced": "1/2"},
-            "width of keys and values, $d$",
-            "worst error × $m$",
-        ),
-        Law(
-            "radius",
-            "rho",
-            tuple(config.rhos),
-            {"balanced": "1 + o(1)"},
-            r"radius of the queries, $\rho$",
-            "worst error × $m$",
-            logarithmic=False,
-        ),
-        Law(
-            "length",
-            "count",
-            tuple(config.counts),
-            {"balanced": "0"},
-            "pairs in the cache, $n$",
-            "worst error × $m$",
-        ),
-        Law(
-            "walk",
-            "count",
-            tuple(config.blocks),
-            {name: "1/2" if name == "random signs" else "0" for name in _WALKS},
-            "pairs in the block",
-            "discrepancy",
-        ),
+        Law("size", "size", config.sizes, expected, "pairs kept, $m$", "worst error"),
+        Law("width", "width", config.widths, {"balanced": "1/2"}, width, times_size),
+        Law("radius", "rho", config.rhos, {"balanced": "1 + o(1)"}, rho, times_size, False),
+        Law("length", "count", config.counts, {"balanced": "0"}, count, times_size),
+        Law("walk", "count", config.blocks, walks, "pairs in the block", "discrepancy"),
     ]
 
 
 def cells(config: ml_collections.ConfigDict, law: Law, method: str) -> list[list[Cell]]:
     """The cells of a law for a method, ``[points][seeds]``."""
-    point = Cell(
-        instance="unit_sphere",
-        count=config.count,
-        width=config.width,
-        rho=config.rho,
-        size=config.size,
-        method=method,
-        seed=0,
-        starts=config.starts,
-        steps=config.steps,
-    )
+    named = ("count", "width", "rho", "size", "starts", "steps")
+    shared = {name: config[name] for name in named}
+    point = Cell(instance="unit_sphere", method=method, seed=0, **shared)
     found = []
     for value in law.values:
         varied: dict[str, Any] = {law.field: value}

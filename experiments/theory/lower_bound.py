@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ import numpy as np
 from coreset_jax.guarantees import hard_instances
 from experiments.common import command, figures, results
 from experiments.common.methods import METHODS
-from experiments.common.tables import Row, print_table, stamp
+from experiments.common.tables import Row, multiple, print_table, stamp
 from experiments.theory import cells
 from experiments.theory.lower_bound_figure import BOUNDS, Curve, Panel, draw
 
@@ -106,9 +105,6 @@ def _instance(theorem: int, width: int, rho: float, eps: float, seed: int) -> An
 def measure(cell: Cell) -> dict[str, Any]:
     """Plays the game of the cell.
 
-    Args:
-      cell: the settings.
-
     Returns:
       ``success``, the share of the bits read correctly; ``error``, the largest error of attention
       among the queries asked; ``coherence``, the largest overlap of two codewords; ``key_width``.
@@ -143,20 +139,16 @@ def compute(config: ml_collections.ConfigDict, store: results.Results) -> list[P
         for method in ("exact", *config.methods):
             own = [instance.pairs] if method == "exact" else list(map(instance.size, config.shares))
             games = [measured(instance, method, size) for size in own]
-            curves.append(
-                Curve(
-                    method,
-                    np.asarray(own),
-                    np.array([[game["success"] for game in some] for some in games]),
-                    np.array([[game["error"] for game in some] for some in games]),
-                )
+            success, errors = (
+                np.array([[game[name] for game in some] for some in games])
+                for name in ("success", "error")
             )
-        drawn = measured(instance, "exact", instance.pairs)[0]
+            curves.append(Curve(method, np.asarray(own), success, errors))
         panels.append(
             Panel(
                 *instance,
                 codewords=instance.codewords,
-                key_width=drawn["key_width"],
+                key_width=measured(instance, "exact", instance.pairs)[0]["key_width"],
                 pairs=instance.pairs,
                 bits_per_pair=instance.bits_per_pair,
                 curves=tuple(curves),
@@ -170,25 +162,21 @@ def _half(curve: Curve, panel: Panel) -> int:
     return int(np.argmin(np.abs(curve.sizes - panel.pairs / 2)))
 
 
+def _named(panel: Panel) -> list[str]:
+    return [f"{number:g}" for number in (panel.theorem, panel.rho, panel.width, panel.eps)]
+
+
 def print_report(config: ml_collections.ConfigDict, panels: Sequence[Panel]) -> None:
     """Prints the table of successes and, in another, what they are held to."""
-    shares = [Fraction(share).limit_denominator(64) for share in config.shares]
     rows: list[Row] = []
     for panel in panels:
-        group = [
-            str(panel.theorem),
-            f"{panel.rho:g}",
-            str(panel.width),
-            f"{panel.eps:g}",
-            str(panel.codewords),
-            str(panel.key_width),
-            str(panel.pairs),
-        ]
+        numbers = panel.codewords, panel.key_width, panel.pairs
+        group = [*_named(panel), *map(str, numbers)]
         for curve in panel.curves:
             means = [f"{mean:.4f}" for mean in curve.success.mean(axis=1)]
             place = _half(curve, panel)
             if curve.method == "exact":
-                means, ratio = [""] * len(shares) + means, ""
+                means, ratio = [""] * len(config.shares) + means, ""
             else:
                 means, ratio = [*means, ""], f"{curve.errors[place].mean() / panel.eps:.2f}"
             rows.append([*group, METHODS[curve.method].label, *means, ratio])
@@ -201,7 +189,7 @@ def print_report(config: ml_collections.ConfigDict, panels: Sequence[Panel]) -> 
         f"Mean over {len(config.seeds)} seeds",
         [
             *("theorem", "ρ", "d", "ε", "N", "dk", "n", "method"),
-            *(f"m = {_multiple(share)}" for share in shares),
+            *(f"m = {multiple(share, 'n')}" for share in config.shares),
             *("m = n", "error / ε at n/2"),
         ],
         rows,
@@ -220,16 +208,11 @@ def print_report(config: ml_collections.ConfigDict, panels: Sequence[Panel]) -> 
     )
 
 
-def _multiple(share: Fraction) -> str:
-    numerator = "" if share.numerator == 1 else str(share.numerator)
-    return f"{numerator}n/{share.denominator}"
-
-
 def check_rows(config: ml_collections.ConfigDict, panels: Sequence[Panel]) -> list[list[str]]:
     """Per instance: bits in the full cache, at half the size, and above the information bound."""
     rows = []
     for panel in panels:
-        group = [str(panel.theorem), f"{panel.rho:g}", str(panel.width), f"{panel.eps:g}"]
+        group = _named(panel)
 
         def add(figure: str, measured: float, sign: str, bound: float, group: Any = group) -> None:
             held = measured >= bound if sign == "≥" else measured <= bound
@@ -253,14 +236,7 @@ def check_rows(config: ml_collections.ConfigDict, panels: Sequence[Panel]) -> li
 
 
 def run(config: ml_collections.ConfigDict) -> list[Panel]:
-    """Computes what is missing, prints the tables and draws the figure.
-
-    Args:
-      config: as in ``configs/lower_bound.py``.
-
-    Returns:
-      The games, a panel for each instance.
-    """
+    """Computes what is missing, prints the tables and draws the figure of all games."""
     output = pathlib.Path(config.output)
     store = results.Results(output / "cells.jsonl", fresh=config.fresh)
     panels = compute(config, store)

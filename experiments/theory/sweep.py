@@ -31,18 +31,9 @@ from experiments.theory.sweep_figure import Line, draw, fit_constant, theory_err
 
 def grid(config: ml_collections.ConfigDict) -> list[Cell]:
     """All cells of the grid, those of one compiled shape after one another."""
+    shared = {name: config[name] for name in ("instance", "count", "starts", "steps")}
     return [
-        Cell(
-            instance=config.instance,
-            count=config.count,
-            width=width,
-            rho=rho,
-            size=size,
-            method=method,
-            seed=seed,
-            starts=config.starts,
-            steps=config.steps,
-        )
+        Cell(width=width, rho=rho, size=size, method=method, seed=seed, **shared)
         for width in config.widths
         for size in config.sizes
         for method in config.methods
@@ -55,54 +46,29 @@ def compute(config: ml_collections.ConfigDict, store: results.Results) -> list[L
     """Computes the cells that the store lacks and gathers all of the grid into lines."""
     cells = grid(config)
     found = store.complete(cells, measure, "sweep", settings=Cell.settings)
-    errors = {
-        (cell.rho, cell.width, cell.method, cell.size, cell.seed): measured["error"]
-        for cell, measured in zip(cells, found, strict=True)
-    }
+    # In the order of the grid.
+    names = ("widths", "sizes", "methods", "rhos", "seeds")
+    shape = [len(config[name]) for name in names]
+    errors = np.array([known["error"] for known in found]).reshape(shape)
+    sizes = np.asarray(config.sizes)
     return [
-        Line(
-            rho,
-            width,
-            method,
-            np.asarray(config.sizes),
-            np.array(
-                [
-                    [errors[rho, width, method, size, seed] for seed in config.seeds]
-                    for size in config.sizes
-                ]
-            ),
-        )
-        for width in config.widths
-        for rho in config.rhos
-        for method in config.methods
+        Line(rho, width, method, sizes, errors[first, :, third, second])
+        for first, width in enumerate(config.widths)
+        for second, rho in enumerate(config.rhos)
+        for third, method in enumerate(config.methods)
     ]
 
 
 def fit_slope(line: Line, smallest: int, largest: int) -> Slope:
-    r"""Least squares of log error on log size, every seed a point.
-
-    Args:
-      line: errors by size and seed.
-      smallest: the smallest size that takes part.
-      largest: the largest.
-
-    Returns:
-      The slope with half its 95 % interval (Student's t); NaN with fewer than three points.
-    """
+    """The slope of log error against log size, for sizes between two; see `fit_line`."""
     rows = (line.sizes >= smallest) & (line.sizes <= largest)
     return fit_line(np.log(line.sizes[rows]), line.errors[rows])
 
 
 def size_to_reach(line: Line, error: float) -> str:
-    """The smallest size whose median error is at most ``error``, between sizes on log scales.
+    """The smallest size whose median error is at most ``error``, log size interpolated in log error.
 
-    Args:
-      line: errors by size and seed.
-      error: the error to reach.
-
-    Returns:
-      The size as text; ``≤`` before the smallest of the grid that has it already, ``>`` before
-      the largest where none has.
+    ``≤`` stands before the smallest of the grid that has it, ``>`` before the largest if none has.
     """
     medians = line.medians
     reached = np.flatnonzero(medians <= error)
@@ -127,38 +93,34 @@ def print_report(config: ml_collections.ConfigDict, lines: Sequence[Line]) -> No
         named = f"{rho:g}", str(width)
         for line in group:
             slope = fit_slope(line, *config.slope_sizes)
-            rows.append(
-                [
-                    *named,
-                    METHODS[line.method].label,
-                    *(f"{error:.5f}" for error in line.medians),
-                    f"{slope.slope:+.2f} ± {slope.half_width:.2f}",
-                    *(size_to_reach(line, error) for error in config.errors),
-                    f"{fit_constant([line]):.4f}",
-                ]
-            )
+            row = [
+                *named,
+                METHODS[line.method].label,
+                *(f"{error:.5f}" for error in line.medians),
+                f"{slope.slope:+.2f} ± {slope.half_width:.2f}",
+                *(size_to_reach(line, error) for error in config.errors),
+                f"{fit_constant([line]):.4f}",
+            ]
+            rows.append(row)
         if ours:
             errors = constant * theory_error(line)
             theory = line._replace(errors=errors[:, None])
-            rows.append(
-                [
-                    *named,
-                    "theory, c √d e^ρ / m",
-                    *(f"{error:.5f}" for error in errors),
-                    "-1",
-                    *(size_to_reach(theory, error) for error in config.errors),
-                    f"{constant:.4f}",
-                ]
-            )
+            row = [
+                *named,
+                "theory, c √d e^ρ / m",
+                *(f"{error:.5f}" for error in errors),
+                "-1",
+                *(size_to_reach(theory, error) for error in config.errors),
+                f"{constant:.4f}",
+            ]
+            rows.append(row)
         rows.append(None)
     smallest, largest = config.slope_sizes
     print_table(
         f"Worst error over queries of norm ≤ ρ: {config.instance} keys and values, "
         f"n = {config.count}, median over seeds",
         [
-            "ρ",
-            "d",
-            "method",
+            *("ρ", "d", "method"),
             *(f"m = {size}" for size in config.sizes),
             "slope ± 95 %",
             *(f"m for {error:g}" for error in config.errors),
@@ -205,14 +167,7 @@ def bound_rows(config: ml_collections.ConfigDict, lines: Sequence[Line]) -> list
 
 
 def run(config: ml_collections.ConfigDict) -> list[Line]:
-    """Computes what is missing, prints the tables and draws the figures.
-
-    Args:
-      config: as in ``configs/sweep.py``.
-
-    Returns:
-      The errors of the grid, a line for each radius, width and method.
-    """
+    """Computes what is missing, prints the tables and draws the figures of all lines."""
     output = pathlib.Path(config.output)
     store = results.Results(output / "cells.jsonl", fresh=config.fresh)
     lines = compute(config, store)
