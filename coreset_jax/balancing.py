@@ -1,5 +1,7 @@
 """The subset of the paper: repeated halving of the whole cache by a balancing walk."""
 
+from typing import Any
+
 from jax.typing import ArrayLike
 
 from coreset_jax._src.balance import walks
@@ -17,9 +19,9 @@ class balanced(Compressor):  # noqa: N801
        \sup_{\|q\|\le\rho} \|\mathrm{Attn}(q) - \mathrm{Attn}'(q)\|
          = O\!\left(\sqrt d\, e^{\rho + o(\rho)} / m\right)
 
-    in the unit problem of :func:`coreset_jax.geometry.standardize`. That bound is the theorem's, for a
-    subgaussian walk in the kernel of radius ``rho``; the defaults are those that measured best,
-    and are not proved (``docs/balancing.md``). Blocks of pairs are balanced in
+    in the unit problem of :func:`coreset_jax.geometry.standardize`. That bound is the theorem's,
+    for a subgaussian walk in the kernel of radius ``rho``; the defaults are those that measured
+    best, and are not proved (``docs/balancing.md``). Blocks of pairs are balanced in
     order, each against the field of everything before it, in its own level and in the levels
     before. Time is linear in ``n``, and memory above the inputs
     a few numbers a pair and a few ``block_size x block_size`` matrices a head.
@@ -40,10 +42,10 @@ class balanced(Compressor):  # noqa: N801
       passes: passes over the blocks of the last level, each further one a refinement by swaps.
       ridge: regularization of the landmarks' Gram matrix, relative to its diagonal.
 
-    Called with ``(rng, keys [..., n, d], values [..., n, dv], *, size, lengths=None, queries=None)``
-    it returns a :class:`~coreset_jax.Coreset`; see :class:`coreset_jax.Compressor`. Weights of a
-    head sum to its length. Sharded heads stay where they are; on a mesh of Explicit axes call it
-    inside ``jax.shard_map``.
+    Called with ``(rng, keys [..., n, d], values [..., n, dv], *, size, lengths=None,
+    queries=None)`` it returns a :class:`~coreset_jax.Coreset`; see :class:`coreset_jax.Compressor`.
+    Weights of a head sum to its length. Sharded heads stay where they are; on a mesh of Explicit
+    axes call it inside ``jax.shard_map``.
 
     Raises:
       ValueError: on bad options.
@@ -61,10 +63,10 @@ class balanced(Compressor):  # noqa: N801
     [512. 512. 512. 512.]
     """
 
-    rho: ArrayLike | None = leaf(None)
-    query_norm: ArrayLike | None = leaf(None)
-    scale: ArrayLike | None = leaf(None)
-    kernel_radius: ArrayLike | None = leaf(None)
+    rho: ArrayLike | None = leaf(default=None)
+    query_norm: ArrayLike | None = leaf(default=None)
+    scale: ArrayLike | None = leaf(default=None)
+    kernel_radius: Any = leaf(default=None)
     walk: walks.Walk = walks.greedy_pairs
     block_size: int = 512
     landmarks: int | None = 512

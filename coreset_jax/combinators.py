@@ -1,5 +1,7 @@
 """Compressors around other compressors: a cache cut into chunks, and its ends kept as they are."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -117,9 +119,9 @@ class keep_ends(Wrapper):  # noqa: N801
     .. math:: S = \{1, \dots, s\} \cup S' \cup \{n - r + 1, \dots, n\}, \qquad
               w_i = 1 \text{ at both ends}
 
-    with :math:`S'` what the compressor makes of :math:`m - s - r` slots. Later queries attend mostly
-    to the newest tokens, and many models to their first ones whatever they ask: an error there
-    reaches every query, and costs few slots to avoid.
+    with :math:`S'` what the compressor makes of :math:`m - s - r` slots. Later queries attend
+    mostly to the newest tokens, and many models to their first ones whatever they ask: an error
+    there reaches every query, and costs few slots to avoid.
 
     Args:
       compressor: what compresses the pairs between.
@@ -175,7 +177,7 @@ class keep_ends(Wrapper):  # noqa: N801
             absent = (middle.indices < sinks) | (head.length <= sinks + recent)
             middle = emptied(middle, absent)
 
-        def end(places: Int[Array, " r"], valid: Array) -> Coreset | SignedCoreset:
+        def end(places: Int[Array, " r"], valid: Array) -> Any:
             zeros = jnp.zeros(places.shape, middle.log_weights.dtype)
             places = jnp.where(valid, places, -1) if head.ragged else places
             pairs = head.pairs(places, zeros)

@@ -1,5 +1,7 @@
 """The default: pivots that are moved, with weights and values fitted behind them."""
 
+from typing import Any
+
 from jax.typing import ArrayLike
 
 from coreset_jax import refit
@@ -30,8 +32,8 @@ class pivoted(Compressor):  # noqa: N801
     rest; they are kept in any case. The others are pivots, drawn with probability in proportion to
     what those before them leave of a pair, times its importance, from ``3 * size`` candidates, or
     768 if that is more, which are themselves drawn in proportion to importance to the power 3/4.
-    Time grows with the cube of the pivots, and memory beside the cache is a factor of ``candidates *
-    size`` numbers: for more than some hundred pivots use :class:`coreset_jax.chunked`.
+    Time grows with the cube of the pivots, and memory beside the cache is a factor of ``candidates
+    * size`` numbers: for more than some hundred pivots use :class:`coreset_jax.chunked`.
 
     Args:
       rho: the radius of unit queries, a scalar or ``[...]``; see :class:`coreset_jax.balanced`.
@@ -58,10 +60,10 @@ class pivoted(Compressor):  # noqa: N801
     (4, 64, 16)
     """
 
-    rho: ArrayLike | None = leaf(None)
-    query_norm: ArrayLike | None = leaf(None)
-    scale: ArrayLike | None = leaf(None)
-    kernel_radius: ArrayLike | None = leaf(None)
+    rho: ArrayLike | None = leaf(default=None)
+    query_norm: ArrayLike | None = leaf(default=None)
+    scale: ArrayLike | None = leaf(default=None)
+    kernel_radius: Any = leaf(default=None)
     of_products = True
 
     def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
@@ -75,13 +77,20 @@ class pivoted(Compressor):  # noqa: N801
 
 
 class _move_pivots(refit.move_keys):  # noqa: N801
-    """Pivots with their keys moved; the heavy among them, which have weight one, stay as they are."""
+    """Pivots with their keys moved; the heavy ones, which have weight one, stay as they are."""
 
     last_fit: bool = True
 
     def fit_head(self, head: Head, coreset: Coreset, info: Info) -> tuple[Coreset, Info]:
-        options = {"steps": self.newton_steps, "last_fit": self.last_fit}
-        return move_and_fit(head, coreset, info, None, alone=coreset.log_weights == 0, **options)
+        return move_and_fit(
+            head,
+            coreset,
+            info,
+            None,
+            steps=self.newton_steps,
+            alone=coreset.log_weights == 0,
+            last_fit=self.last_fit,
+        )
 
 
 class _fitted_together(Compressor):  # noqa: N801
@@ -102,8 +111,8 @@ class _fitted_together(Compressor):  # noqa: N801
 class fitted(Compressor):  # noqa: N801
     """Usually the lowest error at a given size: pivots, moved and refitted, and matched to samples.
 
-    The cache is cut into chunks of the sequence, so that time is linear in the length, and neighbors
-    in a text are alike, so that a fit of their own serves them better. Of each chunk
+    The cache is cut into chunks of the sequence, so that time is linear in the length, and
+    neighbors in a text are alike, so that a fit of their own serves them better. Of each chunk
 
     1. :class:`pivoted` selects the keys,
     2. :class:`coreset_jax.refit.move_keys` moves them, 256 at a time, and fits weights and values
@@ -113,8 +122,8 @@ class fitted(Compressor):  # noqa: N801
 
     The first and the last pairs of the cache stay what they are (:class:`coreset_jax.keep_ends`):
     later queries attend mostly to these. Where pairs have no order, or a window is kept elsewhere,
-    set ``sinks`` and ``recent_fraction`` to 0. Its coresets are no subsets: where pairs must be those
-    of the cache, :class:`coreset_jax.balanced` is the method. ``docs/selection.md`` and
+    set ``sinks`` and ``recent_fraction`` to 0. Its coresets are no subsets: where pairs must be
+    those of the cache, :class:`coreset_jax.balanced` is the method. ``docs/selection.md`` and
     ``docs/leaderboard.md`` say what else was measured.
 
     Args:
@@ -127,8 +136,8 @@ class fitted(Compressor):  # noqa: N801
       sinks: the first pairs that are kept; of few slots no more than an eighth.
       recent_fraction: the share of the slots that goes to the last pairs, at least 0 and below 1.
 
-    A compressor; see :class:`coreset_jax.Compressor`. Weights say how many pairs of the cache a pair
-    stands for, as they were fitted: they sum to the length only as well as the fit.
+    A compressor; see :class:`coreset_jax.Compressor`. Weights say how many pairs of the cache a
+    pair stands for, as they were fitted: they sum to the length only as well as the fit.
 
     Raises:
       ValueError: on bad options.
@@ -146,9 +155,9 @@ class fitted(Compressor):  # noqa: N801
     (4, 64, 16)
     """
 
-    rho: ArrayLike | None = leaf(None)
-    query_norm: ArrayLike | None = leaf(None)
-    scale: ArrayLike | None = leaf(None)
+    rho: ArrayLike | None = leaf(default=None)
+    query_norm: ArrayLike | None = leaf(default=None)
+    scale: ArrayLike | None = leaf(default=None)
     newton_steps: int = 3
     chunk_size: int = 512
     sinks: int = 4

@@ -11,8 +11,8 @@ the :class:`~coreset_jax.Info` counts a fallback. But for those that match atten
 queries. All take these options:
 
 - ``compressor``: what makes the coreset; any that returns positive weights;
-- ``rho``, ``query_norm``, ``scale``: the radius of queries and the softmax scale, for it and for the
-  fit, one number or one a head; ``None`` means those of ``compressor``;
+- ``rho``, ``query_norm``, ``scale``: the radius of queries and the softmax scale, for it and for
+  the fit, one number or one a head; ``None`` means those of ``compressor``;
 - ``kernel_radius``: the kernel of the fit on unit keys; ``None`` for the one that measured best.
 
 References:
@@ -20,6 +20,8 @@ References:
   Zweiger, Fu, Guo, Kim, *Fast KV Compaction via Attention Matching*, 2026, arXiv 2602.16284, for
   fits to sample queries.
 """
+
+from typing import Any
 
 from jax.typing import ArrayLike
 
@@ -41,10 +43,10 @@ _SAMPLES = 2048
 class _Refit(Wrapper):
     """A compressor whose coresets are fitted to the head once more."""
 
-    rho: ArrayLike | None = leaf(None)
-    query_norm: ArrayLike | None = leaf(None)
-    scale: ArrayLike | None = leaf(None)
-    kernel_radius: ArrayLike | None = leaf(None)
+    rho: ArrayLike | None = leaf(default=None)
+    query_norm: ArrayLike | None = leaf(default=None)
+    scale: ArrayLike | None = leaf(default=None)
+    kernel_radius: Any = leaf(default=None)
 
     def __post_init__(self) -> None:
         """Raises ``ValueError`` on bad options."""
@@ -112,8 +114,8 @@ class nystrom(_Refit):  # noqa: N801
 
     the projection of the whole cache onto the kept keys, in the kernel
     :math:`E_{kl} = e^{r\langle k,l\rangle}` of unit keys, for numerator and denominator. The ridge
-    draws it to what the compressor had, and weights stay at least a tenth of what they were. Time is
-    that of a pass of :math:`n m` kernel values and of one Cholesky factor a head; memory a few
+    draws it to what the compressor had, and weights stay at least a tenth of what they were. Time
+    is that of a pass of :math:`n m` kernel values and of one Cholesky factor a head; memory a few
     ``m x m`` matrices.
 
     Args:
@@ -144,8 +146,8 @@ class nystrom(_Refit):  # noqa: N801
 
     def fit_head(self, head: Head, coreset: Coreset, info: Info) -> tuple[Coreset, Info]:
         """Fits weights and values."""
-        options = {"ridge": self.ridge, "fit_values": True}
-        return project(head, coreset, info, self.kernel_radius, **options)
+        radius = self.kernel_radius
+        return project(head, coreset, info, radius, ridge=self.ridge, fit_values=True)
 
 
 class weights(_Refit):  # noqa: N801
@@ -178,8 +180,8 @@ class weights(_Refit):  # noqa: N801
 
     def fit_head(self, head: Head, coreset: Coreset, info: Info) -> tuple[Coreset, Info]:
         """Fits the weights."""
-        options = {"ridge": self.ridge, "fit_values": False}
-        return project(head, coreset, info, self.kernel_radius, **options)
+        radius = self.kernel_radius
+        return project(head, coreset, info, radius, ridge=self.ridge, fit_values=False)
 
 
 class move_keys(_Refit):  # noqa: N801
@@ -191,8 +193,8 @@ class move_keys(_Refit):  # noqa: N801
     .. math:: Y = (G_{SS} + \lambda I)^{-1} G_{SN}\, [V, 1], \qquad G_{kl} = e^{-\|k - l\|^2 / 2},
 
     where :math:`\lambda` is a few roundings of the largest eigenvalue. Weights stay positive, and
-    heavy pairs among those kept (see :class:`coreset_jax.pivoted`) stay as they are. ``indices`` say
-    where a key came from.
+    heavy pairs among those kept (see :class:`coreset_jax.pivoted`) stay as they are. ``indices``
+    say where a key came from.
 
     Time is that of ``2 * newton_steps + 1`` passes of ``n * m`` kernel values, or
     ``newton_steps + 1`` where these have no more than two million entries and are kept for the step
@@ -270,8 +272,8 @@ class matching(_Matching):  # noqa: N801
       rho, query_norm, scale, kernel_radius: see :mod:`coreset_jax.refit`.
 
     It wants sample queries when called. Keys are the compressor's, bit by bit; values are not the
-    source's any more, and the weights' mass is what the samples say. Time is that of ``q * n`` scores
-    and :math:`O((q + m) m^2)` a head; memory a few ``q * m`` and ``m * m`` matrices.
+    source's any more, and the weights' mass is what the samples say. Time is that of ``q * n``
+    scores and :math:`O((q + m) m^2)` a head; memory a few ``q * m`` and ``m * m`` matrices.
 
     Raises:
       ValueError: on bad options; when called, if ``queries`` are not given or empty.

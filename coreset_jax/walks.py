@@ -1,4 +1,4 @@
-"""Signs from a Gram matrix: the walks of vector balancing, for the option ``walk`` of ``balanced``."""
+"""Signs from a Gram matrix: the walks of vector balancing, for ``balanced(walk=...)``."""
 
 from coreset_jax._src.balance.walks import (
     Walk,

@@ -45,7 +45,7 @@ def cache():
 
 
 def held_pairs(coreset, keys, values):
-    """Places and weights of the pairs of every head, which must be those of the source, in order."""
+    """Places and weights of the pairs of every head, which are those of the source, in order."""
     for head, (coreset, keys, values) in enumerate(heads_of(coreset, keys, values)):  # noqa: B020
         indices = np.asarray(coreset.indices)
         held = indices[indices >= 0]

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from coreset_jax.coreset import whole_cache
 
 import coreset_jax as cj
-from coreset_jax.coreset import whole_cache
 
 RNG = jax.random.key(0)
 

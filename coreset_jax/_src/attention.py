@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from coreset_jax._src import checks
@@ -37,7 +38,7 @@ def partial_attention(
     values: Float[Array, "*heads n dv"],
     log_weights: Float[Array, "*heads n"] | None = None,
     *,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     visible: Bool[Array, "#q n"] | None = None,
 ) -> PartialAttention:
     r"""Attention over these pairs alone, ready to be merged with other pairs.
@@ -126,7 +127,7 @@ def attention(
     log_weights: Float[Array, "*heads n"] | None = None,
     *,
     lengths: Int[Array, "*heads"] | None = None,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     block_size: int | None = None,
 ) -> Float[Array, "*heads q dv"]:
     r"""Softmax attention over weighted pairs.

@@ -15,7 +15,7 @@ from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.fit.query_targets import evaluate, matched_log_weights, matched_values
-from coreset_jax._src.queries.scores import WEIGHTS, mean_squared_attention
+from coreset_jax._src.queries import scores
 
 
 class attention_matching(Compressor):  # noqa: N801
@@ -74,7 +74,7 @@ class attention_matching(Compressor):  # noqa: N801
     ridge: float = 1e-5
     bound: float = 3.0
     gradient_steps: int = 2
-    scale: ArrayLike | None = leaf(None)
+    scale: ArrayLike | None = leaf(default=None)
     needs_queries: ClassVar[bool] = True
     keeps_pairs = False
 
@@ -87,7 +87,7 @@ class attention_matching(Compressor):  # noqa: N801
     def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
         """Keeps the keys of highest attention, and fits weights and values behind them."""
         assert head.queries is not None
-        importance = mean_squared_attention(head, head.queries)
+        importance = scores.mean_squared_attention(head, head.queries)
         _, kept = jax.lax.top_k(jnp.where(head.inside, importance, -1), size)
         kept = jnp.sort(jnp.where(kept < head.length, kept, head.count)).astype(jnp.int32)
         coreset = head.pairs(kept, jnp.zeros((size,), head.dtype))
@@ -108,4 +108,4 @@ class attention_matching(Compressor):  # noqa: N801
 
     def workspace(self, count: int, size: int, width: int) -> int:
         """Attention weights of a block of samples, and the matrices of the fits."""
-        return WEIGHTS + count * width + 4 * size * size
+        return scores.workspace(count, width) + 4 * size * size

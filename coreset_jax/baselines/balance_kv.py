@@ -273,7 +273,7 @@ class balance_kv(Compressor):  # noqa: N801
     block_size: int = 128
     gamma: float = 4.0
     beta: float = 0.0
-    scale: ArrayLike | None = leaf(None)
+    scale: ArrayLike | None = leaf(default=None)
 
     @property
     def keeps_pairs(self) -> bool:  # type: ignore[override]

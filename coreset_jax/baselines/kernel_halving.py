@@ -279,7 +279,7 @@ class kernel_halving(Compressor):  # noqa: N801
     """
 
     delta: float = 0.5
-    scale: ArrayLike | None = leaf(None)
+    scale: ArrayLike | None = leaf(default=None)
 
     def validate(self) -> None:
         """Raises ``ValueError`` on bad static options."""

@@ -100,7 +100,7 @@ class quantized(Wrapper):  # noqa: N801
     (4, 32, 16)
     """
 
-    compressor: Compressor = leaf(None, kw_only=False)
+    compressor: Compressor = leaf(default=None, kw_only=False)
     bits: int = 8
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from coreset_jax._src.core.compressor import Compressor, leaf
 from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
-from coreset_jax._src.queries.scores import WEIGHTS
+from coreset_jax._src.queries import scores
 
 
 class KeepLargest(Compressor):
@@ -26,21 +26,21 @@ class KeepLargest(Compressor):
 
     def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
         """Keeps the pairs of largest score."""
-        scores = self.score(head, size)
+        found = self.score(head, size)
         # Not top_k, whose choice among equal scores is not the same on every platform.
-        positions = jnp.zeros_like(scores, jnp.int32) + jnp.arange(head.count, dtype=jnp.int32)
-        ranks = jnp.where(head.inside, -scores, jnp.inf)
+        positions = jnp.zeros_like(found, jnp.int32) + jnp.arange(head.count, dtype=jnp.int32)
+        ranks = jnp.where(head.inside, -found, jnp.inf)
         _, best = jax.lax.sort((ranks, positions), num_keys=2)
         indices = jnp.sort(best[:size])
-        sound = ~jnp.any(head.inside & jnp.isnan(scores))
-        log_weights = jnp.where(sound, jnp.zeros_like(scores[:size], head.dtype), jnp.nan)
+        sound = ~jnp.any(head.inside & jnp.isnan(found))
+        log_weights = jnp.where(sound, jnp.zeros_like(found[:size], head.dtype), jnp.nan)
         return head.pairs(jnp.where(indices < head.length, indices, -1), log_weights), Info()
 
 
 class KeepAttended(KeepLargest):
     """Keeps the pairs of largest score by sample queries, of one or several query heads."""
 
-    scale: ArrayLike | None = leaf(None)
+    scale: ArrayLike | None = leaf(default=None)
     groups: int = 1
     needs_queries: ClassVar[bool] = True
 
@@ -65,4 +65,4 @@ class KeepAttended(KeepLargest):
     def workspace(self, count: int, size: int, width: int) -> int:
         """Attention weights of a block of samples, and the keys in the dtype of sums."""
         del size
-        return WEIGHTS + count * width
+        return scores.workspace(count, width)

@@ -223,7 +223,7 @@ class wildcat(Compressor):  # noqa: N801
 
     bins: int = 1
     temperature: float = math.sqrt(3.94582)
-    scale: ArrayLike | None = leaf(None)
+    scale: ArrayLike | None = leaf(default=None)
     keeps_pairs = False
     signed: ClassVar[bool] = True
 

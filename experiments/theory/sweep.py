@@ -66,7 +66,7 @@ def fit_slope(line: Line, smallest: int, largest: int) -> Slope:
 
 
 def size_to_reach(line: Line, error: float) -> str:
-    """The smallest size whose median error is at most ``error``, log size interpolated in log error.
+    """The smallest size whose median error is at most ``error``, interpolated in logarithms.
 
     ``≤`` stands before the smallest of the grid that has it, ``>`` before the largest if none has.
     """

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from coreset_jax.coreset import whole_cache
 
 from coreset_jax import attend, baselines
-from coreset_jax.coreset import whole_cache
 
 FIGURES = json.loads(
     pathlib.Path(__file__).with_name("kernel_methods.json").read_text(encoding="utf-8")

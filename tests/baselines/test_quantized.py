@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from coreset_jax.coreset import Coreset, whole_cache
 
 from coreset_jax import baselines
-from coreset_jax.coreset import Coreset, whole_cache
 
 LENGTHS = np.array([50, 23])
 

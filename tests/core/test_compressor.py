@@ -30,9 +30,9 @@ class keeps_first(cj.Compressor):  # noqa: N801
 class weighing(cj.Compressor):  # noqa: N801
     """The first pairs, with options of all sorts in their weights."""
 
-    rho: float | None = leaf(None)
-    query_norm: float | None = leaf(None)
-    scale: float | None = leaf(None)
+    rho: float | None = leaf(default=None)
+    query_norm: float | None = leaf(default=None)
+    scale: float | None = leaf(default=None)
     factor: float = leaf(1.0)
     shift: float = 0.0
     rounds: int = 1

@@ -74,7 +74,7 @@ def test_heads_see_their_own_pairs_lengths_and_options(cache, queries):
         np.testing.assert_allclose(coreset.log_weights[several][:, 1], seen[several], rtol=1e-5)
 
     class bounded(noting):  # noqa: N801
-        query_norm: float = leaf(None)
+        query_norm: float = leaf(default=None)
 
     first = bounded(query_norm=norms)(RNG, *cache, size=SIZE).log_weights[..., 1]
     sampled_norms = bounded()(RNG, *cache, size=SIZE, queries=queries).log_weights[..., 1]
@@ -155,7 +155,7 @@ def test_a_call_is_one_program_and_none_at_equal_shapes(cache, programs):
     class once(noting):  # noqa: N801
         """Of a class that nobody else has compiled."""
 
-        rho: float = leaf(None)
+        rho: float = leaf(default=None)
 
     def cost(*given, compressor=once(rho=2.0), method="__call__", **more):  # noqa: B008
         before = programs()

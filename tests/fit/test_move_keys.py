@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from coreset_jax.problem import reduce
+from coreset_jax.stretches import stretched
 
 import coreset_jax as cj
 from coreset_jax.geometry import fitting_geometry
 from coreset_jax.guarantees import adversary
-from coreset_jax.problem import reduce
 from coreset_jax.refit import relocate, steps
-from coreset_jax.stretches import stretched
 
 RNG = jax.random.key(0)
 

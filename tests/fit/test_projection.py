@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from coreset_jax.problem import reduce
 
 import coreset_jax as cj
 from coreset_jax import refit
 from coreset_jax.geometry import balancing_geometry
 from coreset_jax.guarantees import adversary
-from coreset_jax.problem import reduce
 from coreset_jax.refit import wrapper
 
 RNG = jax.random.key(0)

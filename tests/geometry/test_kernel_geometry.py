@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import coreset_jax as cj
-
 from coreset_jax._src.geometry import kernel_geometry
 from coreset_jax.geometry import standardize
 from tests import brute_force

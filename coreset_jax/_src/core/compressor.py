@@ -1,6 +1,6 @@
 """What every method of shrinking a cache is: options once, then a pure function of a head.
 
-To add one, write a class with a docstring, its options as fields, and :meth:`Compressor.compress_head`:
+To add one, write a class with a docstring, its options as fields, and ``compress_head``:
 
     class first(Compressor):
         '''Keeps the first pairs.'''
@@ -14,6 +14,7 @@ units, many heads, compilation.
 
 import dataclasses
 import typing
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ class QueryBall(NamedTuple):
     scale: ArrayLike | None = None
 
 
-def leaf(default: Any = dataclasses.MISSING, *, kw_only: bool = True) -> Any:
+def leaf(*, default: Any = dataclasses.MISSING, kw_only: bool = True) -> Any:
     """An option that is an array, one number or one a head, or another compressor.
 
     It may be traced, and differ without a new compilation. Numbers must be positive.
@@ -267,7 +268,7 @@ class Compressor:
         return [field.name for field in fields if not field.metadata.get("leaf")]
 
     @classmethod
-    def _rebuilt(cls, statics: tuple[Any, ...], leaves: tuple[Any, ...]) -> "Compressor":
+    def _rebuilt(cls, statics: tuple[Any, ...], leaves: Iterable[Any]) -> "Compressor":
         # Unchecked: while JAX handles it, leaves may be anything.
         self = object.__new__(cls)
         for name, value in (*zip(cls._leaves(), leaves), *zip(cls._statics(), statics)):  # noqa: B905

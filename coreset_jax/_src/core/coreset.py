@@ -85,8 +85,13 @@ def gather(
             f"got log_weights {log_weights.shape} and indices {indices.shape}."
         )
     rows = jnp.maximum(indices, 0)[..., None]
-    taken = (jnp.take_along_axis(source, rows, axis=-2) for source in (keys, values))
-    return emptied(Coreset(*taken, log_weights, indices.astype(jnp.int32)), indices < 0)
+    kept = Coreset(
+        jnp.take_along_axis(keys, rows, axis=-2),
+        jnp.take_along_axis(values, rows, axis=-2),
+        log_weights,
+        indices.astype(jnp.int32),
+    )
+    return emptied(kept, indices < 0)
 
 
 def emptied(coreset: AnyCoreset, slots: Array) -> AnyCoreset:

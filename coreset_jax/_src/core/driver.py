@@ -1,8 +1,8 @@
 """From a call with many heads to pure functions of one: the only place that knows of both.
 
-A call is checked once, before anything is traced. Then one program is compiled for its shapes: every
-head gets a number, options and a random key of its own, is masked and standardized, and goes through
-the compressor; as many heads at a time as memory allows.
+A call is checked once, before anything is traced. Then one program is compiled for its shapes:
+every head gets a number, options and a random key of its own, is masked and standardized, and goes
+through the compressor; as many heads at a time as memory allows.
 """
 
 import functools
@@ -64,19 +64,25 @@ class Method(Protocol):
     """What the driver asks of a compressor; see :class:`coreset_jax.Compressor`."""
 
     @property
-    def query_ball(self) -> Any: ...  # noqa: D102
+    def query_ball(self) -> Any:
+        """Radius and softmax scale of the queries it is made for."""
 
     @property
-    def reads_queries(self) -> bool: ...  # noqa: D102
+    def reads_queries(self) -> bool:
+        """Whether sample queries change what it returns."""
 
     @property
-    def fills_slots(self) -> bool: ...  # noqa: D102
+    def fills_slots(self) -> bool:
+        """Whether no slot is empty where a head has as many pairs."""
 
-    def check_call(self, keys: Any, size: int, queries: Any) -> None: ...  # noqa: D102
+    def check_call(self, keys: Any, size: int, queries: Any) -> None:
+        """Raises ``ValueError`` unless a call can be answered."""
 
-    def on_head(self, head: Head, size: int) -> tuple[Coreset, Info]: ...  # noqa: D102
+    def on_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
+        """The coreset of one head."""
 
-    def on_heads(self, cache: Cache, size: int) -> tuple[Coreset, Info]: ...  # noqa: D102
+    def on_heads(self, cache: Cache, size: int) -> tuple[Coreset, Info]:
+        """The coresets of all heads."""
 
 
 def check_arguments(

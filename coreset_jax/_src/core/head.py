@@ -78,11 +78,8 @@ class Head:
         if rho is not None:
             lengths = length if ragged else None
             query_norm = standardize(keys, values, rho=rho, scale=scale, lengths=lengths).query_norm
-        elif query_norm is None:
-            query_norm = largest_norm(queries, keys.shape[-1])
-        return cls(
-            rng, number, keys, values, length, queries, zero + query_norm, scale, ragged, measured
-        )
+        norm = zero + (largest_norm(queries, keys.shape[-1]) if query_norm is None else query_norm)
+        return cls(rng, number, keys, values, length, queries, norm, scale, ragged, measured)
 
     def part(self, **changes: Any) -> "Head":
         """A part of this head as a head of its own: its own units, and the same raw queries.

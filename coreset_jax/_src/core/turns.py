@@ -31,8 +31,8 @@ def in_turns(
 ) -> Callable[..., Result]:
     """A function of one head that goes through many in turns, wherever it is vmapped.
 
-    All axes over which it is vmapped, of heads, chunks and chunks of chunks, are gone through by one
-    loop, with as many heads at a time as the memory budget allows.
+    All axes over which it is vmapped, of heads, chunks and chunks of chunks, are gone through by
+    one loop, with as many heads at a time as the memory budget allows.
 
     Args:
       function: a pure function of pytrees of arrays, without tracers in its closure.

@@ -100,8 +100,11 @@ def blocks_of(
     blocks = -(-count // BLOCK)
     width = -(-count // blocks)
     pad = ((0, blocks * width - count), (0, 0))
-    rows = (jnp.pad(each, pad).reshape(blocks, width, -1) for each in (keys, coefficients))
-    return Source(*rows, jnp.broadcast_to(level, blocks))
+
+    def cut(rows: Array) -> Array:
+        return jnp.pad(rows, pad).reshape(blocks, width, -1)
+
+    return Source(cut(keys), cut(coefficients), jnp.broadcast_to(level, blocks))
 
 
 def project_onto(
@@ -154,13 +157,14 @@ def fit_with_least_masses(
       free: which keys are fitted ``[m]``.
       least_mass: the least mass of each key for some coefficients.
     """
+    State = tuple[Array, Array, Array, Array, Array]  # noqa: N806
 
-    def unfinished(state: tuple[Array, ...]) -> Array:
+    def unfinished(state: State) -> Array:
         rounds, _, masses, least, held = state
         short = jnp.any(free & ~held & (masses < least))
         return (rounds == 0) | ((rounds <= _MASS_ROUNDS) & short)
 
-    def solve(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def solve(state: State) -> State:
         rounds, coefficients, masses, least, held = state
         held = held | (free & (masses < least) & (rounds > 0))
         fitted = free & ~held

@@ -1,8 +1,8 @@
 r"""Matching: weights and values fitted to the attention of sample queries over the whole cache.
 
 Samples alone do not say enough: with no more of them than pairs, a fit answers them exactly and
-nothing else. What a fit in the kernel put behind the keys says the rest, and :func:`correct_to_queries`
-corrects it by what the samples miss.
+nothing else. What a fit in the kernel put behind the keys says the rest, and
+:func:`correct_to_queries` corrects it by what the samples miss.
 """
 
 import jax
@@ -43,7 +43,7 @@ def correct(
     coefficients: Float[Array, "m c1"],
     least: Float[Array, " m"],
 ) -> Float[Array, "m c1"]:
-    r"""Coefficients with a denominator nearer to one, and a numerator nearer to what that asks of it.
+    r"""Coefficients with a denominator nearer to one, and the numerator that goes with it.
 
     .. math::
        w' = \max\bigl(\mathrm{least},\; w + N^{-1} P^T (1 - P w)\bigr), \qquad
@@ -84,7 +84,7 @@ def correct_to_queries(
     *,
     strength: float,
 ) -> tuple[Coreset, Info]:
-    """A coreset corrected by what sample queries miss of it; see :class:`coreset_jax.refit.matching`.
+    """A coreset corrected by what sample queries miss; see :class:`coreset_jax.refit.matching`.
 
     Args:
       head: a head with sample queries.
@@ -100,8 +100,8 @@ def correct_to_queries(
     centers = jnp.where(held[:, None], geometry.scaled(coreset.keys), 0)
     weights = jnp.where(held, jnp.exp(coreset.log_weights.astype(dtype)), 0)
 
-    # Features of norm one: their norms go into the coefficients, and out of the shares. Keys far out
-    # count as what they are, or the shares of the heaviest would be all that the trace sees.
+    # Features of norm one: their norms go into the coefficients, and out of the shares. Keys far
+    # out count as what they are, or the shares of the heaviest would be all that the trace sees.
     norms = geometry.radius * geometry.true_squares(coreset.keys) / 2 - geometry.level
     lift = jnp.where(held, jnp.minimum(norms, _MOST_LIFT), 0)
     heights = jnp.exp(lift)[:, None]

@@ -7,8 +7,8 @@ kernel of a fit,
           \langle \psi(k), \psi(x) \rangle = e^{-\|k - x\|^2 / 2},
 
 with :math:`a_i` the coefficients ``[values, 1]`` of a pair, is quadratic in :math:`Y` and smooth in
-the :math:`x`. A few steps of Gauss and Newton in the keys, each with the best :math:`Y` behind them,
-take a third off the error of attention.
+the :math:`x`. A few steps of Gauss and Newton in the keys, each with the best :math:`Y` behind
+them, take a third off the error of attention.
 """
 
 from typing import NamedTuple
@@ -113,7 +113,7 @@ def move_and_fit(
     geometry = fitting_geometry(head.standardization, kernel_radius)
     problem = _problem(head, coreset, geometry, alone)
     source, free, centers = problem.source, problem.free, problem.centers
-    before = None
+    before: Array | None = None
     if steps:
         state = descend(source, centers, problem.coefficients, free, steps)
         centers, last, before = state.centers, state.fit, state.captured
@@ -142,6 +142,7 @@ def move_and_fit(
     values = values.astype(coreset.values.dtype)
     log_weights = jnp.where(free, jnp.log(divisors) - log_lifts, 0)
 
+    assert before is not None
     # What is judged is what is returned, rounded.
     after = jnp.where(free[:, None], masses[:, None] * geometry.coefficients(values), 0)
     improved = last.captured(after) > before

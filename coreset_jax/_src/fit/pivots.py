@@ -42,8 +42,8 @@ _MOST_ROUNDS = 64
 # Of the slots, heavy pairs may take no more than so many eighths.
 _HEAVY_EIGHTHS = 7
 
-# Rounds for which random numbers are drawn in advance: the generator takes long to compile. Later ones
-# take those again, turned by the golden ratio modulo one.
+# Rounds for which random numbers are drawn in advance: the generator takes long to compile. Later
+# ones take those again, turned by the golden ratio modulo one.
 _DRAWN_ROUNDS = 8
 _GOLDEN_RATIO = 0.6180339887
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from coreset_jax._src.attention import PartialAttention, merge, partial_attention
 from coreset_jax._src.core.coreset import Coreset

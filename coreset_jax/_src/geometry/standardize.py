@@ -131,8 +131,8 @@ def _center_radius_spread(
     if lengths is not None:
         # Padding may hold anything: it is selected away, not multiplied by zero.
         array = jnp.where(inside[..., None], array, jnp.zeros_like(array))
-    # In units of a power of two near the largest number, or squares would under- or overflow: such a
-    # product is exact. Well within the exponents of the dtype, so that its inverse is a number too.
+    # In units of a power of two near the largest number, or squares would under- or overflow: such
+    # a product is exact. Well within the exponents of the dtype, so that its inverse is one too.
     limits = jnp.finfo(array.dtype)
     most = 2.0 ** (limits.maxexp - 8)
     peak = jnp.max(jnp.abs(array), axis=(-2, -1))

@@ -10,6 +10,14 @@ from coreset_jax._src.precision import accumulation_dtype, inner_products, matmu
 # Attention weights of one head that are held at a time.
 WEIGHTS = 2**22
 
+# Samples that memory is planned for; how many there are is not known before a call.
+_SAMPLES = 2048
+
+
+def workspace(count: int, width: int) -> int:
+    """Numbers that the mean takes: weights of a block of samples, and keys in the dtype of sums."""
+    return min(WEIGHTS, _SAMPLES * count) + count * width
+
 
 def mean_attention(head: Head, queries: Float[Array, "q d"]) -> Float[Array, " n"]:
     r"""The mean over queries of their attention weights, a few queries at a time.
