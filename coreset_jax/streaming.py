@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from coreset_jax._src import checks
-from coreset_jax._src.attention import default_scale
 from coreset_jax._src.balance import walks
 from coreset_jax._src.core.compressor import Compressor
 from coreset_jax._src.core.coreset import Coreset
@@ -198,6 +197,7 @@ class merge_and_reduce:  # noqa: N801
         )
         return _append(self, state, keys, values, counts)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def coreset(self, state: StreamState) -> Coreset:
         """What stands for the stream so far.
 
@@ -206,7 +206,28 @@ class merge_and_reduce:  # noqa: N801
           ``indices`` that count from the first of them. NaN log-weights where a NaN or an
           infinity has come.
         """
-        return _coreset(state)
+
+        def one_head(state: StreamState) -> Coreset:
+            summary = state.summary
+            pairs = jax.tree.map(
+                lambda old, new: jnp.concatenate([old, new]), summary.pairs, state.buffer
+            )
+            inside = pairs.weights > 0
+            order = jnp.argsort(jnp.where(inside, pairs.positions, jnp.iinfo(jnp.int32).max))
+            keys, values, weights, positions = jax.tree.map(lambda array: array[order], pairs)
+            inside = (weights > 0)[:, None]
+            # The buffer is judged by what it holds; of the rest the sums have seen everything.
+            sound = jnp.all(jnp.isfinite(jnp.where(inside, keys, 0)))
+            sound &= jnp.all(jnp.isfinite(jnp.where(inside, values, 0)))
+            sound &= summaries.is_sound(summary)
+            return Coreset(
+                jnp.where(inside, keys, jnp.zeros_like(keys)),
+                jnp.where(inside, values, jnp.zeros_like(values)),
+                jnp.where(sound, jnp.log(weights), jnp.nan),
+                positions,
+            )
+
+        return over_axes(one_head, state.filled.ndim)(state)
 
     def merge(self, left: StreamState, right: StreamState) -> StreamState:
         """The stream that saw all of ``left`` and then all of ``right``.
@@ -226,21 +247,23 @@ class merge_and_reduce:  # noqa: N801
             )
         return _merge(self, left, right)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def error(self, state: StreamState) -> StreamError:
         """How wrong the stream's coreset may answer queries of norm up to ``query_norm``."""
-        return _error(self, state)
+        settings = self.settings(state.buffer.keys.shape[-1])
+
+        def one_head(state: StreamState) -> StreamError:
+            reach = summaries.value_reach(state.summary, state.buffer)
+            return StreamError(
+                summaries.error_bound(state.summary, reach, settings),
+                summaries.error_estimate(state.summary, reach, settings),
+            )
+
+        return over_axes(one_head, state.filled.ndim)(state)
 
     def settings(self, width: int) -> Settings:
         """The settings of a summary for keys of a width."""
-        return Settings(
-            self.block_size,
-            width**0.5 if self.query_norm is None else self.query_norm,
-            default_scale(width) if self.scale is None else self.scale,
-            self.walk,
-            self.max_swaps,
-            self.ridge,
-            self.compressor,
-        )
+        return Settings.at_width(width, **{name: getattr(self, name) for name in Settings._fields})
 
     def _check(
         self,
@@ -340,31 +363,6 @@ def _flush(stream: merge_and_reduce, state: StreamState, full: Array) -> StreamS
     return over_axes(one_head, state.filled.ndim)(compressors, state, full)
 
 
-@jax.jit
-def _coreset(state: StreamState) -> Coreset:
-    def one_head(state: StreamState) -> Coreset:
-        summary = state.summary
-        pairs = jax.tree.map(
-            lambda old, new: jnp.concatenate([old, new]), summary.pairs, state.buffer
-        )
-        inside = pairs.weights > 0
-        order = jnp.argsort(jnp.where(inside, pairs.positions, jnp.iinfo(jnp.int32).max))
-        keys, values, weights, positions = jax.tree.map(lambda array: array[order], pairs)
-        inside = (weights > 0)[:, None]
-        # The buffer is judged by what it holds; of the rest the sums have seen everything.
-        sound = jnp.all(jnp.isfinite(jnp.where(inside, keys, 0)))
-        sound &= jnp.all(jnp.isfinite(jnp.where(inside, values, 0)))
-        sound &= summaries.is_sound(summary)
-        return Coreset(
-            jnp.where(inside, keys, jnp.zeros_like(keys)),
-            jnp.where(inside, values, jnp.zeros_like(values)),
-            jnp.where(sound, jnp.log(weights), jnp.nan),
-            positions,
-        )
-
-    return over_axes(one_head, state.filled.ndim)(state)
-
-
 @functools.partial(jax.jit, static_argnames="stream")
 def _merge(stream: merge_and_reduce, left: StreamState, right: StreamState) -> StreamState:
     settings = stream.settings(left.buffer.keys.shape[-1])
@@ -383,17 +381,3 @@ def _merge(stream: merge_and_reduce, left: StreamState, right: StreamState) -> S
 
     compressors = options_of_heads(stream.compressor, left.summary.ledger.key_radius)
     return over_axes(one_head, left.filled.ndim)(compressors, left, right)
-
-
-@functools.partial(jax.jit, static_argnames="stream")
-def _error(stream: merge_and_reduce, state: StreamState) -> StreamError:
-    settings = stream.settings(state.buffer.keys.shape[-1])
-
-    def one_head(state: StreamState) -> StreamError:
-        reach = summaries.value_reach(state.summary, state.buffer)
-        return StreamError(
-            summaries.error_bound(state.summary, reach, settings),
-            summaries.error_estimate(state.summary, reach, settings),
-        )
-
-    return over_axes(one_head, state.filled.ndim)(state)

@@ -318,12 +318,10 @@ def _extend(
     def started() -> CoresetCache:
         prefilled = _prefill(cache, keys, values, lengths, asked)
         # The random key is the one field without a batch axis.
-        batched = dataclasses.replace(prefilled, rng=cache.lengths)
-        unchanged = dataclasses.replace(cache, rng=cache.lengths)
-        chosen = jax.tree.map(
+        chosen: CoresetCache = jax.tree.map(
             lambda new, old: jnp.where(starts.reshape(-1, *[1] * (new.ndim - 1)), new, old),
-            batched,
-            unchanged,
+            dataclasses.replace(prefilled, rng=cache.lengths),
+            dataclasses.replace(cache, rng=cache.lengths),
         )
         return dataclasses.replace(chosen, rng=cache.rng)
 

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 from coreset_jax._src import checks
-from coreset_jax._src.attention import default_scale
 from coreset_jax._src.balance.walks import greedy_pairs
 from coreset_jax._src.core.compressor import Compressor
 from coreset_jax._src.stream.halvings import check_compressor
@@ -92,12 +91,6 @@ class CacheConfig:
 
     def settings(self, width: int) -> Settings:
         """The settings of the middle for heads of a width."""
-        return Settings(
-            self.block_size,
-            width**0.5 if self.query_norm is None else self.query_norm,
-            default_scale(width) if self.scale is None else self.scale,
-            greedy_pairs,
-            self.block_size,
-            1e-4,
-            self.compressor,
-        )
+        walk: dict[str, Any] = {"walk": greedy_pairs, "max_swaps": self.block_size, "ridge": 1e-4}
+        names = ("block_size", "query_norm", "scale", "compressor")
+        return Settings.at_width(width, **{name: getattr(self, name) for name in names}, **walk)

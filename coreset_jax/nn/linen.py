@@ -149,26 +149,22 @@ class CoresetAttention(linen.Module):
         if self.decode:
             heads = self._read(query, key, value, lengths)
         else:
-            heads = self._attend(
-                query,
-                key,
-                value,
-                mask=mask,
-                deterministic=deterministic,
-                dropout_rng=dropout_rng,
-                sow_weights=sow_weights,
-            )
-        return linen.DenseGeneral(
+            options = {"mask": mask, "deterministic": deterministic, "dropout_rng": dropout_rng}
+            heads = self._attend(query, key, value, sow_weights, options)
+        return self._dense(
             self.out_features or inputs_q.shape[-1],
             axis=(-2, -1),
             kernel_init=self.out_kernel_init or self.kernel_init,
             bias_init=self.out_bias_init or self.bias_init,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
             name="out",
         )(heads)
+
+    @property
+    def _dense(self) -> Callable[..., Any]:
+        """A dense layer with the options of this module."""
+        names = ("dtype", "param_dtype", "kernel_init", "bias_init", "use_bias", "precision")
+        options = {name: getattr(self, name) for name in names}
+        return functools.partial(linen.DenseGeneral, **options)
 
     def _project(
         self, inputs_q: Array, inputs_k: Array, inputs_v: Array
@@ -186,19 +182,9 @@ class CoresetAttention(linen.Module):
             )
         head_dim = features // self.num_heads
         checks.check_rope(self.rope_base, head_dim)
-        dense = functools.partial(
-            linen.DenseGeneral,
-            axis=-1,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
-            use_bias=self.use_bias,
-            precision=self.precision,
-        )
-        query = dense((self.num_heads, head_dim), name="query")(inputs_q)
-        key = dense((kv_heads, head_dim), name="key")(inputs_k)
-        value = dense((kv_heads, head_dim), name="value")(inputs_v)
+        query = self._dense((self.num_heads, head_dim), name="query")(inputs_q)
+        key = self._dense((kv_heads, head_dim), name="key")(inputs_k)
+        value = self._dense((kv_heads, head_dim), name="value")(inputs_v)
         if self.normalize_qk:
             norm = functools.partial(
                 linen.LayerNorm, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype
@@ -207,34 +193,19 @@ class CoresetAttention(linen.Module):
         return query, key, value
 
     def _attend(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        *,
-        mask: Array | None,
-        deterministic: bool | None,
-        dropout_rng: Array | None,
-        sow_weights: bool,
+        self, query: Array, key: Array, value: Array, sow_weights: bool, options: dict[str, Any]
     ) -> Array:
         """What the plain module does."""
         still = True
         if self.dropout_rate > 0:
-            still = linen.merge_param("deterministic", self.deterministic, deterministic)
-            if not still and dropout_rng is None:
-                dropout_rng = self.make_rng("dropout")
+            still = linen.merge_param("deterministic", self.deterministic, options["deterministic"])
+            if not still and options["dropout_rng"] is None:
+                options["dropout_rng"] = self.make_rng("dropout")
         attention_fn = self.attention_fn
         if self.rope_base is not None:
             attention_fn = rotating(attention_fn, self.rope_base)
-        options = {
-            "mask": mask,
-            "dropout_rng": dropout_rng,
-            "dropout_rate": self.dropout_rate,
-            "broadcast_dropout": self.broadcast_dropout,
-            "deterministic": still,
-            "dtype": self.dtype,
-            "precision": self.precision,
-        }
+        names = ("dropout_rate", "broadcast_dropout", "dtype", "precision")
+        options |= {name: getattr(self, name) for name in names} | {"deterministic": still}
         known = inspect.signature(attention_fn).parameters
         options = {name: option for name, option in options.items() if name in known}
         if sow_weights:

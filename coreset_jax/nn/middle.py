@@ -42,9 +42,9 @@ def compress(
     blank = empty(config, *(array[:, :, 0] for array in prompt))
     if config.middle == 0 or stop <= config.sinks:
         return blank
-    keys, values = (array[:, :, config.sinks : stop] for array in prompt)
-    kv_heads, length = keys.shape[1:3]
-    settings = config.settings(keys.shape[-1])
+    pairs = KVBlock(*(array[:, :, config.sinks : stop] for array in prompt))
+    kv_heads, length, width = pairs.keys.shape[1:]
+    settings = config.settings(width)
     compressor = config.compressor
     if compressor is None:
         norm, scale = settings.query_norm, settings.scale
@@ -55,25 +55,13 @@ def compress(
         sample = grouped(queries, kv_heads)
 
     def one_head(
-        compressor: Compressor,
-        number: Array,
-        keys: Array,
-        values: Array,
-        count: Array,
-        sample: Array | None,
+        compressor: Compressor, number: Array, pairs: KVBlock, count: Array, sample: Array | None
     ) -> Summary:
         # A head without pairs has one of zeros: padding may hold anything.
         inside = (jnp.arange(length) < count)[:, None]
-        head = Head.prepare(
-            rng,
-            number,
-            jnp.where(inside, keys, jnp.zeros_like(keys)),
-            jnp.where(inside, values, jnp.zeros_like(values)),
-            jnp.maximum(count, 1),
-            sample,
-            ragged=True,
-            **compressor.query_ball._asdict(),
-        )
+        pairs = KVBlock(*(jnp.where(inside, array, jnp.zeros_like(array)) for array in pairs))
+        ball, valid = compressor.query_ball._asdict(), jnp.maximum(count, 1)
+        head = Head.prepare(rng, number, *pairs, valid, sample, ragged=True, **ball)
         coreset, _ = compressor.on_head(head, config.middle)
         finite = jnp.ones((), bool)
         for array in jax.tree.leaves((head.keys, head.values, sample)):
@@ -87,8 +75,7 @@ def compress(
     return over_axes(one_head, 2)(
         options_of_heads(compressor, blank.ledger.key_radius),
         zeros + jnp.arange(kv_heads, dtype=jnp.int32),
-        keys,
-        values,
+        pairs,
         zeros + counts[:, None],
         sample,
     )
@@ -114,36 +101,26 @@ def absorb(
     """
     settings = config.settings(block.keys.shape[-1])
     kv_heads, width = block.keys.shape[1:3]
+    zeros, dtype = jnp.zeros_like(middle.absorbed), middle.pairs.weights.dtype
+    places = jnp.arange(width, dtype=jnp.int32)
+    inside = places < (zeros + counts[:, None])[..., None]
+    positions = jnp.where(inside, first[:, None, None] + places, -1)
 
     def one_head(
-        compressor: Compressor | None,
-        number: Array,
-        summary: Summary,
-        keys: Array,
-        values: Array,
-        first: Array,
-        count: Array,
+        compressor: Compressor | None, number: Array, first: Array, summary: Summary, pairs: Pairs
     ) -> Summary:
-        inside = jnp.arange(width) < count
-        pairs = Pairs(
-            keys,
-            values,
-            inside.astype(summary.pairs.weights.dtype),
-            jnp.where(inside, first + jnp.arange(width, dtype=first.dtype), -1),
-        )
         fold = jax.random.fold_in(jax.random.fold_in(rng, number), first)
         own = settings._replace(compressor=compressor)
         absorbed = summaries.absorb(fold, summary, pairs, own)
-        return jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), absorbed, summary)
+        some = jnp.any(pairs.weights > 0)
+        return jax.tree.map(lambda new, old: jnp.where(some, new, old), absorbed, summary)
 
-    zeros = jnp.zeros_like(middle.absorbed)
     return over_axes(one_head, 2)(
         options_of_heads(config.compressor, middle.ledger.key_radius),
         zeros + jnp.arange(kv_heads, dtype=jnp.int32),
-        middle,
-        *block,
         zeros + first[:, None],
-        zeros + counts[:, None],
+        middle,
+        Pairs(*block, inside.astype(dtype), positions),
     )
 
 

@@ -3,14 +3,13 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from coreset_jax import baselines
-from coreset_jax.baselines.balance_kv import Options, as_coreset, halvings, round_slots
+from coreset_jax.baselines.balance_kv import as_coreset, balance_kv, halvings, round_slots
 
-run_halvings = jax.jit(halvings, static_argnames=("size", "options"))
+run_halvings = jax.jit(halvings, static_argnames=("size", "scale", "options"))
 run_as_coreset = jax.jit(as_coreset, static_argnames="options")
 
 
@@ -53,7 +52,6 @@ def halvings_by_hand(keys, values, uniforms, size, options):
 @pytest.mark.parametrize(
     ("count", "length", "size", "block_size"),
     [
-        (64, 64, 16, 16),  # As the authors' code has it.
         (64, 64, 41, 16),  # Less than one halving.
         (50, 50, 7, 16),  # Odd counts, short blocks, and a last halving of a part.
         (50, 33, 7, 16),  # And padding, which needs one halving less.
@@ -65,7 +63,7 @@ def test_agrees_with_the_rule_written_out(x64, corrected, count, length, size, b
     rng = np.random.default_rng(count + length)
     keys, values = 2 * rng.standard_normal((2, count, 6))
     uniforms = [rng.random(slots) for slots in round_slots(count, size)[:-1]]
-    options = Options(corrected=corrected, block_size=block_size, gamma=0.3, beta=0.1)
+    options = balance_kv(corrected=corrected, block_size=block_size, gamma=0.3, beta=0.1)
     order, weights = halvings_by_hand(keys[:length], values[:length], uniforms, size, options)
     kept = run_halvings(
         np.where(np.arange(count)[:, None] < length, keys, 0.0),
@@ -73,6 +71,7 @@ def test_agrees_with_the_rule_written_out(x64, corrected, count, length, size, b
         uniforms,
         length,
         size=size,
+        scale=6**-0.5,
         options=options,
     )
     assert int(kept.filled) == min(length, size) == len(order)
@@ -91,11 +90,15 @@ def test_reproduces_the_published_code(x64, instances, balance_kv_figures, corre
     assert {checkpoint["instance"] for checkpoint in checkpoints} == set(instances)
     for checkpoint in checkpoints:
         instance, size = instances[checkpoint["instance"]], checkpoint["size"]
-        options = Options(corrected, checkpoint["temperature"], block_size)
+        options = balance_kv(
+            corrected=corrected, temperature=checkpoint["temperature"], block_size=block_size
+        )
         rng = np.random.default_rng(7)
         uniforms = [rng.random(slots) for slots in round_slots(4096, size)[:-1]]
         keys, values = (array.astype(np.float64) for array in instance[:2])
-        kept = run_halvings(keys, values, uniforms, 4096, size=size, options=options)
+        kept = run_halvings(
+            keys, values, uniforms, 4096, size=size, scale=32**-0.5, options=options
+        )
         np.testing.assert_array_equal(kept.order, checkpoint["order"])
         np.testing.assert_array_equal(kept.weights, checkpoint["weights"])
         coreset = run_as_coreset(kept, keys, values, 4096, options=options)
@@ -112,35 +115,24 @@ def test_instances_are_the_measured_ones(instances, balance_kv_figures, name):
 
 
 @pytest.fixture(scope="module")
-def compress_six_times(instances):
-    """Coresets of an instance by six seeds, one a head."""
+def compress_eight_times(instances):
+    """Coresets of an instance by eight seeds, one a head."""
 
-    def compress(name, corrected, size):
-        keys, values = (np.broadcast_to(array, (6, *array.shape)) for array in instances[name][:2])
+    def compress(name, corrected):
+        keys, values = (np.broadcast_to(array, (8, *array.shape)) for array in instances[name][:2])
         compressor = baselines.balance_kv(corrected=corrected)
-        return compressor(jax.random.key(0), keys, values, size=size)
+        return compressor(jax.random.key(0), keys, values, size=512)
 
     return compress
 
 
-@pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("size", [128, 512])
-def test_error_is_the_published_one(
-    instances, compress_six_times, published_error, mean_error, corrected, size
-):
-    method = "corrected" if corrected else "as published"
-    expected = published_error(instance="smooth", method=method, size=size)
-    measured = mean_error(instances["smooth"], compress_six_times("smooth", corrected, size))
-    np.testing.assert_allclose(measured, expected, rtol=0.15)
-
-
 def test_overflow_costs_the_large_keys_as_published_only(
-    instances, compress_six_times, published_error, mean_error
+    instances, compress_eight_times, published_error, mean_error
 ):
     norms = np.linalg.norm(instances["heavy"].keys, axis=-1)
     large = norms > 20
     for corrected, fewest, most in [(False, 0, 4), (True, 7, 17)]:
-        coreset = compress_six_times("heavy", corrected, 512)
+        coreset = compress_eight_times("heavy", corrected)
         kept = np.mean(np.sum(large[np.asarray(coreset.indices)], axis=-1))
         assert fewest <= kept <= most
         # The correction does in float32 what the authors' code does in float64.
@@ -152,8 +144,8 @@ def test_overflow_costs_the_large_keys_as_published_only(
         np.testing.assert_allclose(mean_error(instances["heavy"], coreset), expected, rtol=0.05)
 
 
-def test_variants_walk_alike_and_weigh_apart(instances, compress_six_times):
-    published, corrected = (compress_six_times("smooth", flag, 512) for flag in (False, True))
+def test_variants_walk_alike_and_weigh_apart(instances, compress_eight_times):
+    published, corrected = (compress_eight_times("smooth", flag) for flag in (False, True))
     np.testing.assert_array_equal(published.indices, corrected.indices)
     np.testing.assert_allclose(published.log_weights, math.log(8), rtol=1e-6)
     weights = np.exp(corrected.log_weights)
@@ -164,12 +156,12 @@ def test_variants_walk_alike_and_weigh_apart(instances, compress_six_times):
     )
 
 
-@pytest.mark.parametrize("size", [40, 151, 299])
+@pytest.mark.parametrize("size", [13, 99])
 def test_corrected_weights_sum_to_every_length(size):
-    count = 300
-    keys, values = jax.random.normal(jax.random.key(5), (2, count, count, 4))
+    count = 100
+    keys, values = np.random.default_rng(5).standard_normal((2, count, count, 4), np.float32)
     compressor = baselines.balance_kv(corrected=True, block_size=32)
-    lengths = jnp.arange(1, count + 1)
+    lengths = np.arange(1, count + 1)
     coreset = compressor(jax.random.key(0), keys, values, size=size, lengths=lengths)
     weights = np.exp(np.asarray(coreset.log_weights, np.float64))
     np.testing.assert_allclose(weights.sum(axis=-1), lengths, rtol=1e-6)
@@ -177,7 +169,7 @@ def test_corrected_weights_sum_to_every_length(size):
 
 
 def test_options_that_say_the_same():
-    keys, values = 3 * jax.random.normal(jax.random.key(5), (2, 96, 16))
+    keys, values = 3 * np.random.default_rng(5).standard_normal((2, 96, 16), np.float32)
 
     def kept(**options):
         compressor = baselines.balance_kv(block_size=32, **options)
@@ -198,9 +190,8 @@ def test_options_that_say_the_same():
         ({"block_size": 64.0}, "block_size must be a static Python int"),
         ({"gamma": -1.0}, "gamma must be positive"),
         ({"temperature": 0}, "temperature must be positive"),
-        ({"temperature": jnp.ones(3)}, "temperature must be a scalar"),
+        ({"temperature": np.ones(3)}, "temperature must be a scalar"),
         ({"beta": math.nan}, "beta must be finite"),
-        ({"scale": 0.0}, "scale must be positive"),
     ],
 )
 def test_bad_options_are_refused(option, message):

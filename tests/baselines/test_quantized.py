@@ -1,20 +1,33 @@
-"""Quantised caches: how far a number moves, what stays, and what it takes."""
+"""Quantized caches: how far a number moves, what stays, and what it takes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from coreset_jax.coreset import Coreset, whole_cache
 
+import coreset_jax as cj
 from coreset_jax import baselines
+from coreset_jax._src.core.coreset import Coreset, SignedCoreset
 
-LENGTHS = np.array([50, 23])
+RNG = jax.random.key(0)
+COUNT, SIZE = 50, 16
+LENGTHS = np.array([COUNT, 23])
+
+
+class signed(cj.Compressor):  # noqa: N801
+    """The first pairs, with normalizers of their own."""
+
+    signed = True
+
+    def compress_head(self, head, size):
+        pairs = head.pairs(jnp.arange(size), jnp.zeros(size, head.dtype))
+        return SignedCoreset(*pairs, jnp.arange(size) - 3.0), cj.Info()
 
 
 @pytest.fixture(scope="module")
 def cache():
     rng = np.random.default_rng(0)
-    keys, values = rng.standard_normal((2, 2, 50, 6)) * rng.uniform(0.1, 30, (2, 1, 1, 6)) + 2.0
+    keys, values = rng.standard_normal((2, 2, COUNT, 6)) * rng.uniform(0.1, 30, (2, 1, 1, 6)) + 2.0
     return keys.astype(np.float32), values[..., :5].astype(np.float32)
 
 
@@ -29,10 +42,10 @@ def by_hand(rows, bits):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_reads_back_the_nearest_levels(cache, bits):
     keys, values = cache
-    padding = np.arange(50)[:, None] >= LENGTHS[:, None, None]
+    padding = np.arange(COUNT)[:, None] >= LENGTHS[:, None, None]
     keys, values = (np.where(padding, np.nan, array) for array in (keys, values))
-    compressor = baselines.quantised(bits=bits)
-    coreset = compressor(jax.random.key(0), keys, values, size=50, lengths=LENGTHS)
+    compressor = baselines.quantized(bits=bits)
+    coreset = jax.device_get(compressor(RNG, keys, values, size=COUNT, lengths=LENGTHS))
     for head, length in enumerate(LENGTHS):
         # Keys by channel, values by token, and both over the valid pairs alone.
         for read, source in [
@@ -45,28 +58,49 @@ def test_reads_back_the_nearest_levels(cache, bits):
             assert np.all(np.abs(read - source) <= step * (0.5 + 1e-4))
         assert not np.any(coreset.keys[head, length:])
         assert not np.any(coreset.values[head, length:])
-    np.testing.assert_array_equal(coreset.indices, whole_cache(*cache, LENGTHS).indices)
-    np.testing.assert_array_equal(coreset.log_weights, whole_cache(*cache, LENGTHS).log_weights)
+    inside = ~padding[..., 0]
+    np.testing.assert_array_equal(coreset.indices, np.where(inside, np.arange(COUNT), -1))
+    np.testing.assert_array_equal(coreset.log_weights, np.where(inside, 0, -np.inf))
 
 
 def test_wraps_any_compressor(cache):
-    for compressor in (baselines.uniform(), baselines.wildcat()):
-        plain = compressor(jax.random.key(0), *cache, size=16)
-        wrapped = baselines.quantised(compressor, bits=4)(jax.random.key(0), *cache, size=16)
-        np.testing.assert_array_equal(wrapped.indices, plain.indices)
-        np.testing.assert_array_equal(wrapped.log_weights, plain.log_weights)
-        assert (wrapped.normalizers is None) == (plain.normalizers is None)
-        assert np.all(np.any(plain.values != 0, axis=-1))
-        codes, low, step = by_hand(plain.values[0], 4)
-        np.testing.assert_allclose(wrapped.values[0], low + codes * step, rtol=1e-4, atol=1e-4)
+    for compressor in (baselines.uniform(), signed()):
+        plain = jax.device_get(compressor(RNG, *cache, size=SIZE))
+        quantized = baselines.quantized(compressor, bits=4)
+        wrapped = jax.device_get(quantized(RNG, *cache, size=SIZE))
+        assert type(wrapped) is type(plain)
+        # Log-weights, indices and normalizers.
+        jax.tree.map(np.testing.assert_array_equal, wrapped[2:], plain[2:])
+        for head in range(2):
+            codes, low, step = by_hand(plain.values[head], 4)
+            np.testing.assert_allclose(wrapped.values[head], low + codes * step, rtol=1e-4)
+            codes, low, step = by_hand(plain.keys[head].T, 4)
+            np.testing.assert_allclose(wrapped.keys[head].T, low + codes * step, rtol=1e-4)
+
+
+def test_traits_are_those_of_the_inner_compressor():
+    for inner in (
+        baselines.uniform(),
+        baselines.wildcat(scale=0.5),
+        baselines.h2o(),
+        cj.fitted(query_norm=2.0),
+    ):
+        quantized = baselines.quantized(inner)
+        for name in ("needs_queries", "reads_queries", "signed", "fills_slots", "query_ball"):
+            assert getattr(quantized, name) == getattr(inner, name)
+        assert not quantized.keeps_pairs
+    with pytest.raises(ValueError, match="compressor must return positive weights"):
+        cj.refit.weights(baselines.quantized(baselines.wildcat()))
+    assert baselines.quantized(None, bits=4) == baselines.quantized(bits=np.int64(4))
+    assert baselines.quantized() != baselines.quantized(baselines.uniform())
 
 
 def test_eight_bits_cost_next_to_nothing(instances):
     instance = instances["smooth"]
     errors = {}
     for bits in (4, 8):
-        compressor = baselines.quantised(bits=bits)
-        coreset = compressor(jax.random.key(0), *instance[:2], size=4096)
+        compressor = baselines.quantized(bits=bits)
+        coreset = compressor(RNG, *instance[:2], size=4096)
         errors[bits] = instance.error(*coreset[:3])
     assert errors[8] < 2e-3
     # A code of four bits more has a step seventeen times shorter.
@@ -74,25 +108,24 @@ def test_eight_bits_cost_next_to_nothing(instances):
 
 
 def test_what_never_varies_is_kept_exactly():
-    keys = jnp.broadcast_to(jnp.array([3.7, -1.1]), (9, 2))
-    values = jnp.broadcast_to(jnp.linspace(-3e38, 3e38, 9)[:, None], (9, 4))
-    coreset = baselines.quantised(bits=4)(jax.random.key(0), keys, values, size=9)
+    keys = np.broadcast_to(np.float32([3.7, -1.1]), (9, 2))
+    values = np.broadcast_to(np.linspace(-3e38, 3e38, 9, dtype=np.float32)[:, None], (9, 4))
+    coreset = baselines.quantized(bits=4)(RNG, keys, values, size=9)
     np.testing.assert_array_equal(coreset.keys, keys)
     np.testing.assert_array_equal(coreset.values, values)
 
 
-def test_half_precision_and_nan(cache):
-    keys, values = (jnp.asarray(array, jnp.bfloat16) for array in cache)
-    coreset = baselines.quantised()(jax.random.key(0), keys, values, size=50)
+def test_half_precision_and_infinities(cache):
+    keys, values = (array.astype(jnp.bfloat16) for array in cache)
+    coreset = jax.device_get(baselines.quantized()(RNG, keys, values, size=COUNT))
     assert coreset.keys.dtype == coreset.values.dtype == jnp.bfloat16
     # Eight bits of a channel's range are finer than those of bfloat16 near its ends.
-    np.testing.assert_allclose(
-        coreset.keys.astype(float), keys.astype(float), atol=float(jnp.max(jnp.abs(keys))) / 100
-    )
-    sick = baselines.quantised()(
-        jax.random.key(0), keys.at[1, 30, 2].set(jnp.inf), values, size=50
-    ).log_weights
-    np.testing.assert_array_equal(np.isnan(sick), np.array([[False], [True]]) & np.ones(50, bool))
+    atol = float(np.max(np.abs(keys))) / 100
+    np.testing.assert_allclose(np.float32(coreset.keys), np.float32(keys), atol=atol)
+    keys = keys.copy()
+    keys[1, 30, 2] = np.inf
+    sick = np.isnan(baselines.quantized()(RNG, keys, values, size=COUNT).log_weights)
+    np.testing.assert_array_equal(sick, np.array([[False], [True]]) & np.ones(COUNT, bool))
 
 
 def test_bytes():
@@ -101,10 +134,12 @@ def test_bytes():
 
     coreset = Coreset(shape(2, 3, 5, 7), shape(2, 3, 5, 4), shape(2, 3, 5), shape(2, 3, 5))
     # 35 and 20 codes of four bits, and 7 and 5 pairs of float32.
-    assert baselines.quantised_bytes(coreset, bits=4) == 6 * (18 + 10 + 8 * 12)
-    assert baselines.quantised_bytes(coreset, bits=8) == 6 * (35 + 20 + 8 * 12)
+    assert baselines.quantized_bytes(coreset, bits=4) == 6 * (18 + 10 + 8 * 12)
+    assert baselines.quantized_bytes(coreset, bits=8) == 6 * (35 + 20 + 8 * 12)
     wide = Coreset(shape(4096, 128), shape(4096, 128), shape(4096), shape(4096))
-    assert baselines.quantised_bytes(wide, bits=4) < 0.3 * 2 * 2 * 4096 * 128
+    assert baselines.quantized_bytes(wide, bits=4) < 0.3 * 2 * 2 * 4096 * 128
+    with pytest.raises(ValueError, match="bits must be at most 8"):
+        baselines.quantized_bytes(wide, bits=16)
 
 
 def test_bad_arguments_are_refused(cache):
@@ -112,11 +147,11 @@ def test_bad_arguments_are_refused(cache):
         ({"bits": 1}, "bits must be at least 2"),
         ({"bits": 9}, "bits must be at most 8"),
         ({"bits": 4.0}, "bits must be a static Python int"),
-        ({"compressor": 3}, "compressor must be callable"),
+        ({"compressor": 3}, "compressor must be a Compressor"),
     ]:
         with pytest.raises(ValueError, match=message):
-            baselines.quantised(**options)
-    with pytest.raises(ValueError, match="size must be at least n"):
-        baselines.quantised()(jax.random.key(0), *cache, size=49)
-    with pytest.raises(ValueError, match="bits must be at most 8"):
-        baselines.quantised_bytes(whole_cache(*cache), bits=16)
+            baselines.quantized(**options)
+    # Before anything is traced, and wherever it stands.
+    for compressor in (baselines.quantized(), cj.keep_ends(baselines.quantized())):
+        with pytest.raises(ValueError, match=r"size must be at least n.*got size 49 and keys"):
+            compressor(RNG, *cache, size=COUNT - 1)

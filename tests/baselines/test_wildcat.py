@@ -1,16 +1,19 @@
 """WildCat against its authors' code, and against the formulas in float64."""
 
+import functools
 import json
 import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coreset_jax import attend, baselines
-from coreset_jax.baselines.wildcat import Options, pivots
+import coreset_jax as cj
+from coreset_jax import baselines
+from coreset_jax.baselines.wildcat import pivots
+
+attend = jax.jit(cj.attend)
 
 FIGURES = json.loads(
     pathlib.Path(__file__).with_name("kernel_methods.json").read_text(encoding="utf-8")
@@ -22,15 +25,11 @@ def figures(kind, **settings):
     return [row for row in FIGURES[kind] if settings.items() <= row.items()]
 
 
-@jax.jit
-def pivots_of_one_bin(keys, values, uniforms):
-    return pivots(keys, values, lambda *at: uniforms[at], 4096, size=128, options=Options())
-
-
-@jax.jit
-def pivots_of_four_bins(keys, values, uniforms):
-    options = Options(bins=4)
-    return pivots(keys, values, lambda *at: uniforms[at], 4096, size=128, options=options)
+@functools.partial(jax.jit, static_argnames="bins")
+def pivots_of(keys, values, uniforms, bins):
+    options = {"bins": bins, "temperature": baselines.wildcat().temperature}
+    options |= {"size": 128, "scale": 32**-0.5}
+    return pivots(keys, values, lambda *at: uniforms[at], 4096, **options)
 
 
 @pytest.mark.parametrize("bins", [1, 4])
@@ -41,8 +40,7 @@ def test_reproduces_the_published_code(x64, instances, bins):
     for row in rows:
         instance = instances[row["instance"]]
         keys, values = (array.astype(np.float64) for array in instance[:2])
-        run = pivots_of_one_bin if bins == 1 else pivots_of_four_bins
-        order, fitted, weights = map(np.asarray, run(keys, values, uniforms))
+        order, fitted, weights = map(np.asarray, pivots_of(keys, values, uniforms, bins))
         # Of copies the checkpoint names the first.
         _, firsts, copies = np.unique(keys, axis=0, return_index=True, return_inverse=True)
         np.testing.assert_array_equal(firsts[copies[order]], row["order"])
@@ -63,20 +61,6 @@ def attention(queries, keys, values, normalizers):
     scores = queries @ keys.T / math.sqrt(keys.shape[-1])
     masses = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return masses @ values / (masses * normalizers).sum(axis=-1, keepdims=True)
-
-
-@pytest.mark.parametrize("bins", [1, 4])
-def test_error_is_the_published_one(instances, bins):
-    # In the mean over four draws; theirs is that over ten.
-    for name in instances:
-        (row,) = figures("errors", instance=name, bins=bins, dtype="float32", size=128)
-        instance = instances[name]
-        keys, values = (np.broadcast_to(array, (4, *array.shape)) for array in instance[:2])
-        coreset = baselines.wildcat(bins=bins)(jax.random.key(0), keys, values, size=128)
-        heads = zip(coreset.keys, coreset.values, coreset.normalizers, strict=True)
-        error = np.mean([error_of(instance, *head) for head in heads])
-        tolerance = 3 * row["deviation"] * math.sqrt(1 / 4 + 1 / row["seeds"])
-        assert abs(error - row["mean"]) < tolerance, (name, error, row["mean"])
 
 
 def test_values_and_normalizers_are_those_of_nystrom(x64):
@@ -128,9 +112,9 @@ def test_weights_stay_bounded_where_few_dimensions_are_exhausted():
 
 @pytest.mark.parametrize("length", [12, 29])
 def test_bins_of_any_length(length):
-    keys, values = jax.random.normal(jax.random.key(2), (2, 40, 8))
+    keys, values = np.random.default_rng(2).standard_normal((2, 40, 8), np.float32)
     compressor = baselines.wildcat(bins=3)
-    coreset = compressor(jax.random.key(0), keys, values, size=12, lengths=jnp.array(length))
+    coreset = compressor(jax.random.key(0), keys, values, size=12, lengths=np.array(length))
     kept = np.asarray(coreset.indices)
     edges = [bin_number * length // 3 for bin_number in range(4)]
     np.testing.assert_array_equal(np.histogram(kept, edges)[0], [4, 4, 4])
@@ -143,7 +127,6 @@ def test_bins_of_any_length(length):
     [
         ({"bins": 0}, "bins must be at least 1"),
         ({"temperature": 0.0}, "temperature must be positive"),
-        ({"scale": math.inf}, "scale must be finite"),
     ],
 )
 def test_bad_options_are_refused(option, message):

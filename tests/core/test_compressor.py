@@ -33,7 +33,7 @@ class weighing(cj.Compressor):  # noqa: N801
     rho: float | None = leaf(default=None)
     query_norm: float | None = leaf(default=None)
     scale: float | None = leaf(default=None)
-    factor: float = leaf(1.0)
+    factor: float = leaf(default=1.0)
     shift: float = 0.0
     rounds: int = 1
 

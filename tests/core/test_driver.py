@@ -23,7 +23,7 @@ RNG = jax.random.key(5)
 class noting(cj.Compressor):  # noqa: N801
     """Keeps the first pairs; weights note a random number and what a head is made of."""
 
-    noted: float = leaf(1.0)
+    noted: float = leaf(default=1.0)
 
     def compress_head(self, head, size):
         seen = jnp.sum(head.keys) + jnp.sum(head.values) + self.noted + head.query_norm

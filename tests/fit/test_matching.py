@@ -8,16 +8,25 @@ import pytest
 
 import coreset_jax as cj
 from coreset_jax import refit
-from coreset_jax.refit import samples
+from coreset_jax._src.core.coreset import gather
+from coreset_jax._src.fit import query_targets
+from tests.compressors import refit as fit_to
+from tests.compressors import sampled
 
 RNG = jax.random.key(0)
 COUNT, SIZE, WIDTH, VALUE_WIDTH = 60, 12, 5, 4
 REFITS = {"matching": refit.matching, "attention_matching": refit.attention_matching}
 
 
-def given(coreset):
-    """A compressor that has made up its mind."""
-    return lambda rng, keys, values, **options: coreset
+def fit_by(make, coreset, keys, values, queries, lengths=None, **options):
+    """What a refit makes of a coreset of one head or several."""
+    one = keys.ndim == 2
+    if one:
+        keys, values, queries, coreset = jax.tree.map(
+            lambda leaf: leaf[None], (keys, values, queries, coreset)
+        )
+    found, _ = fit_to(make(sampled(), **options), keys, values, coreset, queries, lengths)
+    return jax.tree.map(lambda leaf: leaf[0], found) if one else found
 
 
 def attend(queries, keys, values, log_weights, scale):
@@ -34,8 +43,8 @@ def attend(queries, keys, values, log_weights, scale):
 def miss(queries, keys, values, coreset, scale=WIDTH**-0.5):
     """Mean squared error of a coreset of one head over some queries."""
     exact, _ = attend(queries, keys, values, np.zeros(len(keys)), scale)
-    heard, _ = attend(queries, *coreset[:3], scale)
-    return np.mean(np.sum((heard - exact) ** 2, axis=-1))
+    read, _ = attend(queries, *coreset[:3], scale)
+    return np.mean(np.sum((read - exact) ** 2, axis=-1))
 
 
 def corrected(queries, keys, values, coreset, scale, strength):
@@ -76,10 +85,10 @@ def draw(seed=0, count=COUNT, samples=40):
     return keys, rng.standard_normal((count, VALUE_WIDTH)), rng.standard_normal((samples, WIDTH))
 
 
-@pytest.mark.parametrize("start", ["relocation", "uniform"])
+@pytest.mark.parametrize("start", ["move_keys", "uniform"])
 @pytest.mark.parametrize("strength", [0.05, 0.3, 3.0])
 def test_columns_are_those_of_the_formulas(start, strength, x64):
-    starts = {"relocation": refit.relocation(cj.pivoted()), "uniform": cj.baselines.uniform()}
+    starts = {"move_keys": refit.move_keys(cj.pivoted()), "uniform": cj.baselines.uniform()}
     keys, values, queries = draw(1)
     # One far out, which the kernel draws in.
     keys[7] *= 4
@@ -87,8 +96,7 @@ def test_columns_are_those_of_the_formulas(start, strength, x64):
     for dtype, tolerance in ((np.float64, 1e-8), (np.float32, 3e-2)):
         head = [jnp.asarray(array, dtype) for array in (keys, values, queries)]
         before = cj.Coreset(*(jnp.asarray(array, dtype) for array in first[:3]), first.indices)
-        compressor = refit.matching(given(before), strength=strength, scale=0.6)
-        after = compressor(RNG, *head[:2], size=SIZE, queries=head[2])
+        after = fit_by(refit.matching, before, *head, strength=strength, scale=0.6)
         log_weights, fitted = corrected(head[2], *head[:2], before, 0.6, strength)
         np.testing.assert_array_equal(after.keys, before.keys)
         np.testing.assert_allclose(after.log_weights, log_weights, atol=tolerance)
@@ -98,8 +106,8 @@ def test_columns_are_those_of_the_formulas(start, strength, x64):
 def test_plain_matching_is_the_baseline_behind_its_keys(x64):
     keys, values, queries = map(jnp.asarray, draw(2))
     expected = cj.baselines.attention_matching()(RNG, keys, values, size=SIZE, queries=queries)
-    kept = cj.coreset.gather(keys, values, expected.indices, jnp.zeros(SIZE))
-    found = refit.attention_matching(given(kept))(RNG, keys, values, size=SIZE, queries=queries)
+    kept = gather(keys, values, expected.indices, jnp.zeros(SIZE))
+    found = fit_by(refit.attention_matching, kept, keys, values, queries)
     for name in ("keys", "values", "log_weights"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-8)
 
@@ -123,13 +131,13 @@ def families(seed):
 @pytest.mark.parametrize("name", REFITS)
 @pytest.mark.parametrize("size", [1, SIZE])
 def test_never_worse_for_the_samples(name, size):
-    starts = [cj.baselines.uniform(), cj.baselines.streaming_llm(), refit.relocation(cj.pivoted())]
+    starts = [cj.baselines.uniform(), cj.baselines.streaming_llm(), refit.move_keys(cj.pivoted())]
     gained = 0
     for seed, (start, count) in enumerate(zip(starts, (5, 1, 80), strict=True)):
         keys, values = families(seed)
         queries = jax.random.normal(jax.random.key(seed), (len(keys), count, WIDTH))
         before = start(RNG, keys, values, size=size, queries=queries)
-        after = REFITS[name](given(before))(RNG, keys, values, size=size, queries=queries)
+        after = fit_by(REFITS[name], before, keys, values, queries)
         assert np.all(np.isfinite(after.values))
         assert np.all(np.isfinite(after.log_weights))
         np.testing.assert_array_equal(after.keys, before.keys)
@@ -137,7 +145,7 @@ def test_never_worse_for_the_samples(name, size):
         for head in range(len(keys)):
             pairs = queries[head], keys[head], values[head]
             first, second = (
-                miss(*pairs, cj.Coreset(*(array[head] for array in each[:4])))
+                miss(*pairs, cj.Coreset(*(array[head] for array in each)))
                 for each in (before, after)
             )
             # Up to the rounding of float32.
@@ -148,10 +156,9 @@ def test_never_worse_for_the_samples(name, size):
 
 def test_a_large_strength_leaves_the_columns():
     keys, values, queries = (jnp.asarray(array, jnp.float32) for array in draw(3))
-    start = refit.relocation(cj.pivoted())
+    start = refit.move_keys(cj.pivoted())
     before = start(RNG, keys, values, size=SIZE, queries=queries)
-    compressor = refit.matching(given(before), strength=1e6)
-    after = compressor(RNG, keys, values, size=SIZE, queries=queries)
+    after = fit_by(refit.matching, before, keys, values, queries, strength=1e6)
     # All but a common factor, which attention does not see.
     change = after.log_weights - before.log_weights
     np.testing.assert_allclose(change, change[0], atol=1e-4)
@@ -163,8 +170,7 @@ def test_a_common_factor_of_the_weights_is_not_seen():
     before = cj.baselines.uniform()(RNG, keys, values, size=SIZE)
     light = before._replace(log_weights=before.log_weights - 5)
     first, second = (
-        refit.matching(given(each))(RNG, keys, values, size=SIZE, queries=queries)
-        for each in (before, light)
+        fit_by(refit.matching, each, keys, values, queries) for each in (before, light)
     )
     np.testing.assert_allclose(first.log_weights, second.log_weights, atol=1e-4)
 
@@ -187,20 +193,17 @@ def asked(seed, far):
     [(False, 16, 1.02), (False, 64, 0.96), (False, 512, 0.88), (True, 512, 0.96)],
 )
 def test_better_for_queries_that_are_no_samples(far, count, most):
-    start = refit.relocation(cj.pivoted())
+    start = refit.move_keys(cj.pivoted())
     ratios = []
     for seed in range(2):
         keys, values, sample, fresh = asked(seed, far)
         sample = sample[:count]
         before = start(RNG, keys, values, size=64, queries=sample)
-        heard = [
-            miss(fresh, keys, values, compressor(RNG, keys, values, size=64, queries=sample), 0.25)
-            for compressor in (
-                refit.matching(given(before)),
-                refit.attention_matching(given(before)),
-            )
+        read = [
+            miss(fresh, keys, values, fit_by(make, before, keys, values, sample), 0.25)
+            for make in (refit.matching, refit.attention_matching)
         ]
-        ratios.append(np.sqrt(np.array(heard) / miss(fresh, keys, values, before, 0.25)))
+        ratios.append(np.sqrt(np.array(read) / miss(fresh, keys, values, before, 0.25)))
     matched, plain = np.mean(ratios, axis=0)
     assert matched < most
     # With as many samples as pairs or fewer, they alone do not say enough.
@@ -208,7 +211,7 @@ def test_better_for_queries_that_are_no_samples(far, count, most):
 
 
 def coreset_of(head, coreset):
-    return cj.Coreset(*(array[head] for array in coreset[:4]))
+    return cj.Coreset(*(array[head] for array in coreset))
 
 
 @pytest.mark.parametrize("name", REFITS)
@@ -219,11 +222,10 @@ def test_ragged_heads_are_heads_of_their_own(name):
     inside = (jnp.arange(COUNT) < lengths[:, None])[..., None]
     dirty = [jnp.where(inside, array, jnp.nan) for array in (keys, values)]
     before = cj.baselines.streaming_llm()(RNG, *dirty, size=SIZE, lengths=lengths)
-    compressor = REFITS[name](given(before))
-    after = compressor(RNG, *dirty, size=SIZE, lengths=lengths, queries=queries)
+    after = fit_by(REFITS[name], before, *dirty, queries, lengths)
     np.testing.assert_array_equal(after.keys, before.keys)
     # Padding leaves no trace.
-    clean = compressor(RNG, keys, values, size=SIZE, lengths=lengths, queries=queries)
+    clean = fit_by(REFITS[name], before, keys, values, queries, lengths)
     jax.tree.map(np.testing.assert_array_equal, after, clean)
     for head, length in enumerate(np.asarray(lengths)):
         single = coreset_of(head, before)
@@ -231,8 +233,8 @@ def test_ragged_heads_are_heads_of_their_own(name):
             # What is kept whole stays as it is, and empty slots stay empty.
             jax.tree.map(np.testing.assert_array_equal, coreset_of(head, after), single)
             continue
-        found = REFITS[name](given(single))(
-            RNG, keys[head, :length], values[head, :length], size=SIZE, queries=queries[head]
+        found = fit_by(
+            REFITS[name], single, keys[head, :length], values[head, :length], queries[head]
         )
         assert not np.array_equal(found.log_weights, single.log_weights)
         np.testing.assert_allclose(after.log_weights[head], found.log_weights, atol=2e-3)
@@ -243,12 +245,9 @@ def test_ragged_heads_are_heads_of_their_own(name):
 def test_empty_slots_stay_empty(name):
     keys, values, queries = (jnp.asarray(array, jnp.float32) for array in draw(5))
     indices = jnp.array([3, 9, 20, 41, -1, -1])
-    before = cj.coreset.gather(keys, values, indices, jnp.full(6, jnp.log(15.0)))
-    narrow = cj.Coreset(*(array[:4] for array in before[:4]))
-    after, alone = (
-        REFITS[name](given(each))(RNG, keys, values, size=6, queries=queries)
-        for each in (before, narrow)
-    )
+    before = gather(keys, values, indices, jnp.full(6, jnp.log(15.0)))
+    narrow = cj.Coreset(*(array[:4] for array in before))
+    after, alone = (fit_by(REFITS[name], each, keys, values, queries) for each in (before, narrow))
     assert np.all(np.isneginf(after.log_weights[4:]))
     assert not np.any(after.values[4:])
     assert not np.array_equal(after.log_weights[:4], before.log_weights[:4])
@@ -259,8 +258,8 @@ def test_empty_slots_stay_empty(name):
 def test_half_precision():
     keys, values = jax.random.normal(RNG, (2, 2, 400, 8)).astype(jnp.bfloat16)
     queries = jax.random.normal(jax.random.key(3), (2, 2, 100, 8)).astype(jnp.bfloat16)
-    before = refit.relocation(cj.pivoted())(RNG, keys, values, size=40)
-    after = refit.matching(given(before))(RNG, keys, values, size=40, queries=queries[0])
+    before = refit.move_keys(cj.pivoted())(RNG, keys, values, size=40)
+    after = fit_by(refit.matching, before, keys, values, queries[0])
     assert after.keys.dtype == after.values.dtype == jnp.bfloat16
     assert after.log_weights.dtype == jnp.float32
     np.testing.assert_array_equal(after.keys.view(jnp.uint16), before.keys.view(jnp.uint16))
@@ -288,7 +287,7 @@ def test_the_cache_is_asked_in_blocks(monkeypatch):
     compressor = refit.matching(cj.baselines.uniform())
     expected = compressor(RNG, keys, values, size=SIZE, queries=queries)
     # Blocks of seven pairs, the last one not full.
-    monkeypatch.setattr(samples, "_SCORES", 7 * len(queries))
+    monkeypatch.setattr(query_targets, "_SCORES", 7 * len(queries))
     jax.clear_caches()
     found = compressor(RNG, keys, values, size=SIZE, queries=queries)
     jax.clear_caches()
@@ -322,7 +321,7 @@ def test_bad_calls_are_refused(name):
         with pytest.raises(ValueError, match=message):
             compressor(RNG, keys, values, size=8, queries=queries)
     with pytest.raises(ValueError, match="normalizers"):
-        REFITS[name](cj.baselines.wildcat())(RNG, keys, values, size=8, queries=keys)
+        REFITS[name](cj.baselines.wildcat())
 
 
 @pytest.mark.parametrize(
@@ -333,11 +332,15 @@ def test_bad_calls_are_refused(name):
         ("matching", {"scale": -1.0}, "scale must be positive"),
         ("attention_matching", {"ridge": 0.0}, "ridge must be positive"),
         ("attention_matching", {"bound": -1.0}, "bound must be positive"),
-        ("attention_matching", {"steps": 1.5}, "steps must be a static Python int"),
+        (
+            "attention_matching",
+            {"gradient_steps": 1.5},
+            "gradient_steps must be a static Python int",
+        ),
     ],
 )
 def test_bad_options_are_refused(name, option, message):
     with pytest.raises(ValueError, match=message):
         REFITS[name](cj.balanced(), **option)
-    with pytest.raises(ValueError, match="compressor must be callable"):
+    with pytest.raises(ValueError, match="compressor must be a Compressor"):
         REFITS[name](None)

@@ -1,17 +1,18 @@
-"""Relocation: steps that go where the error falls, and coresets that are never worse for it."""
+"""Moved keys: steps that go where the error falls, and coresets that are never worse for it."""
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from coreset_jax.problem import reduce
-from coreset_jax.stretches import stretched
 
 import coreset_jax as cj
-from coreset_jax.geometry import fitting_geometry
+from coreset_jax import fitting
+from coreset_jax._src.fit import coefficients as fits
+from coreset_jax._src.fit import newton
+from coreset_jax._src.geometry.kernel_geometry import fitting_geometry
+from coreset_jax.geometry import standardize
 from coreset_jax.guarantees import adversary
-from coreset_jax.refit import relocate, steps
 
 RNG = jax.random.key(0)
 
@@ -38,19 +39,24 @@ def small_problem(seed=0, count=40, size=6):
     return keys, columns, marks
 
 
-def fitted(keys, columns, marks, free):
-    source = steps.blocks_of(jnp.asarray(keys), jnp.asarray(columns))
-    return source, steps.best_columns(source, jnp.asarray(marks), jnp.asarray(free))
+def problem(keys, columns, marks, free, keep=False):
+    """A source with features of norm one, and the best fit behind some keys."""
+    # What the source does not carry itself: features are lifted to norm one by their coefficients.
+    lowered = columns * np.exp(-np.sum(np.square(keys), axis=1, keepdims=True) / 2)
+    source = fits.blocks_of(jnp.asarray(keys), jnp.asarray(lowered), jnp.zeros(()))
+    fit = fits.project_onto(source, jnp.asarray(marks), jnp.asarray(free), keep)
+    return source, fits.fit_coefficients(fit)
 
 
-def test_columns_are_the_best_ones(x64):
+def test_coefficients_are_the_best_ones(x64):
     keys, columns, marks = small_problem()
     free = np.ones(len(marks), bool)
-    _, fit = fitted(keys, columns, marks, free)
+    source, fit = problem(keys, columns, marks, free)
     best = np.linalg.solve(kernel(marks, marks), kernel(marks, keys) @ columns)
-    np.testing.assert_allclose(fit.columns, best, rtol=1e-9)
+    np.testing.assert_allclose(fit.coefficients, best, rtol=1e-9)
     # Squared norm of the source less what is captured is the error.
     norm = np.sum(columns * (kernel(keys, keys) @ columns))
+    np.testing.assert_allclose(source.energy(), norm, rtol=1e-9)
     for behind in (best, best + 0.1):
         np.testing.assert_allclose(
             norm - fit.captured(jnp.asarray(behind)), error(keys, columns, marks, behind), rtol=1e-9
@@ -60,119 +66,118 @@ def test_columns_are_the_best_ones(x64):
 def test_what_is_not_free_is_left_out(x64):
     keys, columns, marks = small_problem()
     free = np.arange(len(marks)) % 2 == 0
-    source, fit = fitted(keys, columns, marks, free)
-    _, alone = fitted(keys, columns, marks[free], np.ones(free.sum(), bool))
-    np.testing.assert_allclose(fit.columns[free], alone.columns, rtol=1e-9)
-    np.testing.assert_array_equal(fit.columns[~free], 0)
-    step = steps.newton_step(source, jnp.asarray(marks), jnp.asarray(free), fit)
+    source, fit = problem(keys, columns, marks, free)
+    _, alone = problem(keys, columns, marks[free], np.ones(free.sum(), bool))
+    np.testing.assert_allclose(fit.coefficients[free], alone.coefficients, rtol=1e-9)
+    np.testing.assert_array_equal(fit.coefficients[~free], 0)
+    step = newton.newton_step(source, jnp.asarray(marks), jnp.asarray(free), fit)
     np.testing.assert_allclose(step[~free], 0, atol=1e-12)
 
 
 @pytest.mark.parametrize("best", [True, False])
-@pytest.mark.parametrize("seed", range(4))
-def test_steps_go_down_the_slope(seed, best, x64):
+def test_steps_go_down_the_slope(best, x64):
     """Every key's step points against the derivative of the error with respect to it."""
-    keys, columns, marks = small_problem(seed)
-    free = np.ones(len(marks), bool) if best else np.arange(len(marks)) != 2
-    source, fit = fitted(keys, columns, marks, free)
-    if not best:
-        # Forces on a key that is not where they balance have a sum.
-        wrong = 0.3 * np.random.default_rng(seed).standard_normal(fit.columns.shape)
-        fit = fit._replace(columns=fit.columns + free[:, None] * wrong)
-    step = np.asarray(steps.newton_step(source, jnp.asarray(marks), jnp.asarray(free), fit))
-    behind = np.asarray(fit.columns)
-    slope = np.zeros_like(marks)
-    for place in np.ndindex(*marks.shape):
-        nudge = np.zeros_like(marks)
-        nudge[place] = 1e-5
-        slope[place] = (
-            error(keys, columns, marks + nudge, behind)
-            - error(keys, columns, marks - nudge, behind)
-        ) / 2e-5
-    np.testing.assert_allclose(step[~free], 0, atol=1e-12)
-    step, slope = step[free], slope[free]
-    cosines = np.sum(step * -slope, axis=1) / (
-        np.linalg.norm(step, axis=1) * np.linalg.norm(slope, axis=1)
-    )
-    np.testing.assert_allclose(cosines, 1, atol=1e-5)
-    assert np.all(np.linalg.norm(step, axis=1) <= 0.5 + 1e-9)
+    for seed in range(4):
+        keys, columns, marks = small_problem(seed)
+        free = np.ones(len(marks), bool) if best else np.arange(len(marks)) != 2
+        source, fit = problem(keys, columns, marks, free)
+        if not best:
+            # Forces on a key that is not where they balance have a sum.
+            wrong = 0.3 * np.random.default_rng(seed).standard_normal(fit.coefficients.shape)
+            fit = fit._replace(coefficients=fit.coefficients + free[:, None] * wrong)
+        step = np.asarray(newton.newton_step(source, jnp.asarray(marks), jnp.asarray(free), fit))
+        behind = np.asarray(fit.coefficients)
+        slope = np.zeros_like(marks)
+        for place in np.ndindex(*marks.shape):
+            nudge = np.zeros_like(marks)
+            nudge[place] = 1e-5
+            slope[place] = (
+                error(keys, columns, marks + nudge, behind)
+                - error(keys, columns, marks - nudge, behind)
+            ) / 2e-5
+        np.testing.assert_allclose(step[~free], 0, atol=1e-12)
+        step, slope = step[free], slope[free]
+        cosines = np.sum(step * -slope, axis=1) / (
+            np.linalg.norm(step, axis=1) * np.linalg.norm(slope, axis=1)
+        )
+        np.testing.assert_allclose(cosines, 1, atol=1e-5)
+        assert np.all(np.linalg.norm(step, axis=1) <= 0.5 + 1e-9)
 
 
 def test_a_kernel_that_was_kept_makes_the_same_step(x64, monkeypatch):
     keys, columns, marks = small_problem()
     # Several blocks, the last of them filled up.
-    monkeypatch.setattr(steps, "_BLOCK", 16)
-    source = steps.blocks_of(jnp.asarray(keys), jnp.asarray(columns))
-    marks, free = jnp.asarray(marks), jnp.arange(len(marks)) != 2
-    fits = [steps.best_columns(source, marks, free, keep=keep) for keep in (False, True)]
-    assert fits[0].seen is None
-    assert fits[1].seen.shape == (3, 6, 14)
-    taken = [steps.newton_step(source, marks, free, fit) for fit in fits]
+    monkeypatch.setattr(fits, "BLOCK", 16)
+    free = np.arange(len(marks)) != 2
+    source, without = problem(keys, columns, marks, free)
+    _, kept = problem(keys, columns, marks, free, keep=True)
+    assert without.seen is None
+    assert kept.seen.shape == (3, 6, 14)
+    marks, free = jnp.asarray(marks), jnp.asarray(free)
+    taken = [newton.newton_step(source, marks, free, fit) for fit in (without, kept)]
     np.testing.assert_allclose(*taken, rtol=1e-12)
-    monkeypatch.setattr(steps, "_MOST_KEPT", 6 * 3 * 14 - 1)
-    assert steps.best_columns(source, marks, free, keep=True).seen is None
+    monkeypatch.setattr(fits, "MOST_KEPT", 6 * 3 * 14 - 1)
+    assert fits.project_onto(source, marks, free, keep=True).seen is None
 
 
-def test_a_walk_without_a_last_fit_goes_to_the_same_places(x64):
+def test_steps_begin_with_a_fit_and_end_with_a_move(x64):
     keys, columns, marks = small_problem()
-    source = steps.blocks_of(jnp.asarray(keys), jnp.asarray(columns))
-    marks, free = jnp.asarray(marks), jnp.ones(len(marks), bool)
-    first = steps.best_columns(source, marks, free, keep=True)
-    walks = [steps.walk(source, marks, free, first, 3, fits) for fits in (True, False)]
-    np.testing.assert_allclose(walks[0].marks, walks[1].marks, rtol=1e-12)
-    # What it returns is the fit from which the last step was taken.
-    before = steps.walk(source, marks, free, first, 2)
-    np.testing.assert_allclose(walks[1].fit.columns, before.fit.columns, rtol=1e-9)
+    free = np.ones(len(marks), bool)
+    source, fit = problem(keys, columns, marks, free)
+    behind = jnp.asarray(np.random.default_rng(1).standard_normal((len(marks), 2)))
+    one = newton.descend(source, jnp.asarray(marks), behind, jnp.asarray(free), 1)
+    np.testing.assert_allclose(one.fit.coefficients, fit.coefficients, rtol=1e-9)
+    np.testing.assert_allclose(one.captured, fit.captured(behind), rtol=1e-9)
+    step = newton.newton_step(source, jnp.asarray(marks), jnp.asarray(free), fit)
+    np.testing.assert_allclose(one.centers, marks + 0.6 * step, rtol=1e-9)
+    # The fit of the second step is that of where the first one led.
+    two = newton.descend(source, jnp.asarray(marks), behind, jnp.asarray(free), 2)
+    _, there = problem(keys, columns, np.asarray(one.centers), free)
+    np.testing.assert_allclose(two.fit.coefficients, there.coefficients, rtol=1e-9)
+    np.testing.assert_allclose(two.captured, one.captured, rtol=1e-12)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("steps", "dtype"),
-    [
-        (3, jnp.float32),
-        (0, jnp.float32),
-        (1, jnp.bfloat16),
-        (3, jnp.bfloat16),
-    ],
-)
-def test_moves_leave_the_keys_where_a_relocation_does(steps, dtype):
-    keys, values = jax.random.normal(RNG, (2, 3, 80, 5)).astype(dtype)
-    whole = cj.refit.relocation(cj.pivoted(), steps=steps)(RNG, keys, values, size=12)
-    moves = relocate.moves(cj.pivoted(), steps=steps)
-    moved = moves(RNG, keys, values, size=12)
-    assert moved.keys.dtype == dtype
-    np.testing.assert_allclose(
-        moved.keys.astype(jnp.float32), whole.keys.astype(jnp.float32), atol=1e-5
-    )
-    # And with the fit that they left out, it is one.
-    both = cj.refit.relocation(moves, steps=0)(RNG, keys, values, size=12)
-    queries = jax.random.normal(jax.random.key(1), (3, 20, 5))
-    atol = 1e-3 if dtype == jnp.float32 else 0.03
-    np.testing.assert_allclose(cj.attend(queries, both), cj.attend(queries, whole), atol=atol)
-
-
-def test_masses_that_are_not_short_are_those_of_the_fit(x64):
+def test_masses_are_fitted_again_where_some_are_short(x64):
     keys, columns, marks = small_problem()
-    _, fit = fitted(keys, columns, marks, np.ones(len(marks), bool))
-    least = jnp.full(len(marks), jnp.min(fit.columns[:, -1]) - 1e-9)
-    found = steps.least_masses(fit, jnp.ones(len(marks), bool), least)
-    np.testing.assert_array_equal(found, fit.columns[:, -1])
+    free = jnp.ones(len(marks), bool)
+    _, fit = problem(keys, columns, marks, free)
+
+    def with_least(least):
+        return fits.fit_with_least_masses(fit, free, lambda _: jnp.asarray(least))
+
+    enough = np.full(len(marks), float(jnp.min(fit.coefficients[:, -1])) - 1e-9)
+    again, masses = with_least(enough)
+    np.testing.assert_allclose(again.coefficients, fit.coefficients, rtol=1e-12)
+    np.testing.assert_allclose(masses, fit.coefficients[:, -1], rtol=1e-12)
+    # One that is held takes its share from the others, which are the best beside it.
+    least = enough.copy()
+    least[2] = float(fit.coefficients[2, -1]) + 0.05
+    _, masses = with_least(least)
+    others = np.arange(len(marks)) != 2
+    gram = kernel(marks, marks)
+    target = kernel(marks, keys) @ columns[:, -1] - gram[:, 2] * least[2]
+    best = np.linalg.solve(gram[np.ix_(others, others)], target[others])
+    assert masses[2] == least[2]
+    if np.all(best >= least[others]):
+        np.testing.assert_allclose(masses[others], best, rtol=1e-8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 def test_moves_and_a_fit_are_no_worse_than_where_they_began(steps):
     """In parts of their own, whatever the cache is like: nothing else judges the last step."""
-    compressor = stretched(relocate.moves(cj.pivoted(), steps=steps), most=6)
-    compressor = cj.refit.relocation(compressor, steps=0)
+    compressor = cj.chunked(
+        fitting._move_pivots(cj.pivoted(), newton_steps=steps, last_fit=False), chunk_size=6
+    )
+    compressor = cj.refit.move_keys(compressor, newton_steps=0)
     for seed in range(2):
         keys, values = families(seed)
-        before = stretched(cj.pivoted(), most=6)(jax.random.key(seed), keys, values, size=12)
+        before = cj.chunked(cj.pivoted(), chunk_size=6)(jax.random.key(seed), keys, values, size=12)
         after = compressor(jax.random.key(seed), keys, values, size=12)
         assert bool(jnp.all(jnp.isfinite(after.keys)))
         for head in (0, 1, 2, 4):
             first, second = (
-                energy(keys[head], values[head], cj.Coreset(*(a[head] for a in each[:4])))
+                energy(keys[head], values[head], cj.Coreset(*(a[head] for a in each)))
                 for each in (before, after)
             )
             assert second <= 1.001 * first + 1e-3
@@ -195,12 +200,12 @@ def families(seed, count=80, width=5, value_width=4):
 
 def energy(keys, values, coreset):
     """The error of a coreset in the kernel of the fit, heavy pairs where they truly lie."""
-    geometry = fitting_geometry(reduce(keys, values))
+    geometry = fitting_geometry(standardize(keys, values))
     scale = np.sqrt(float(geometry.radius) / float(geometry.reach) ** 2)
-    unit = np.asarray(keys - geometry.reduction.key_center, np.float64)
-    unit = unit / float(geometry.reduction.key_radius) * scale
-    marks = np.asarray(coreset.keys - geometry.reduction.key_center, np.float64)
-    marks = marks / float(geometry.reduction.key_radius) * scale
+    unit = np.asarray(keys - geometry.standardization.key_center, np.float64)
+    unit = unit / float(geometry.standardization.key_radius) * scale
+    marks = np.asarray(coreset.keys - geometry.standardization.key_center, np.float64)
+    marks = marks / float(geometry.standardization.key_radius) * scale
 
     def columns(values):
         moved = np.asarray(geometry.values(values), np.float64)
@@ -214,7 +219,7 @@ def energy(keys, values, coreset):
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [cj.baselines.uniform(), cj.pivoted()])
 def test_never_much_worse_and_mostly_far_better(start):
-    compressor = cj.refit.relocation(start)
+    compressor = cj.refit.move_keys(start)
     gains = []
     for seed in range(3):
         keys, values = families(seed)
@@ -229,7 +234,7 @@ def test_never_much_worse_and_mostly_far_better(start):
         # Where keys lie beyond the reach of the kernel of the fit, it does not speak for others.
         for head in (0, 1, 2, 4):
             first, second = (
-                energy(keys[head], values[head], cj.Coreset(*(a[head] for a in each[:4])))
+                energy(keys[head], values[head], cj.Coreset(*(a[head] for a in each)))
                 for each in (before, after)
             )
             norm = energy(
@@ -251,7 +256,7 @@ def test_heavy_pairs_stay_what_they_are():
     keys, values = jax.random.normal(RNG, (2, 400, 8))
     far = jnp.array([7, 123, 399])
     keys = keys.at[far].mul(8)
-    coreset = cj.refit.relocation(cj.pivoted())(RNG, keys, values, size=40)
+    coreset = cj.refit.move_keys(cj.pivoted())(RNG, keys, values, size=40)
     places = jnp.searchsorted(coreset.indices, far)
     np.testing.assert_array_equal(coreset.keys[places], keys[far])
     np.testing.assert_array_equal(coreset.values[places], values[far])
@@ -264,8 +269,8 @@ def test_heavy_pairs_come_from_the_source_whatever_they_were_made_into():
     keys, values = jax.random.normal(RNG, (2, 400, 8))
     far = jnp.array([7, 123, 399])
     keys = keys.at[far].mul(8)
-    rounded = cj.baselines.quantised(cj.pivoted(), bits=2)
-    coreset = cj.refit.relocation(rounded)(RNG, keys, values, size=40)
+    rounded = cj.baselines.quantized(cj.pivoted(), bits=2)
+    coreset = cj.refit.move_keys(rounded)(RNG, keys, values, size=40)
     places = jnp.searchsorted(coreset.indices, far)
     np.testing.assert_array_equal(coreset.keys[places], keys[far])
     np.testing.assert_array_equal(coreset.values[places], values[far])
@@ -283,7 +288,7 @@ def test_large_values_in_a_narrow_dtype_stay_finite():
 def test_without_steps_keys_stay():
     keys, values = jax.random.normal(RNG, (2, 3, 200, 8))
     start = cj.balanced()
-    coreset = cj.refit.relocation(start, steps=0)(RNG, keys, values, size=25)
+    coreset = cj.refit.move_keys(start, newton_steps=0)(RNG, keys, values, size=25)
     subset = start(RNG, keys, values, size=25)
     np.testing.assert_allclose(coreset.keys, subset.keys, atol=1e-5)
     np.testing.assert_array_equal(coreset.indices, subset.indices)
@@ -295,7 +300,7 @@ def test_worst_error_is_a_fraction_of_that_of_the_fit_that_stays(rho):
     pairs = jax.random.normal(jax.random.key(1), (2, 4096, 16))
     keys, values = pairs / jnp.linalg.norm(pairs, axis=-1, keepdims=True)
     subset = cj.balanced(rho=rho)
-    still = cj.refit.nystrom(subset, rho=rho)
+    still = cj.refit.nystrom(subset)
     moved = cj.fitted(rho=rho)
     errors = [
         float(adversary(RNG, keys, values, coreset, rho=rho, starts=16, steps=20).error)
@@ -312,7 +317,7 @@ def test_ragged_heads_are_heads_of_their_own():
         jnp.where((jnp.arange(150) < lengths[:, None])[..., None], array, jnp.nan)
         for array in (keys, values)
     ]
-    compressor = cj.refit.relocation(cj.baselines.uniform())
+    compressor = cj.refit.move_keys(cj.baselines.uniform())
     coreset = compressor(RNG, *dirty, size=16, lengths=lengths)
     subset = cj.baselines.uniform()(RNG, *dirty, size=16, lengths=lengths)
     np.testing.assert_array_equal(coreset.indices, subset.indices)
@@ -357,11 +362,11 @@ def test_one_trace_for_equal_shapes():
 
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="compressor"):
-        cj.refit.relocation(None)
-    with pytest.raises(ValueError, match="steps"):
-        cj.refit.relocation(cj.balanced(), steps=-1)
+        cj.refit.move_keys(None)
+    with pytest.raises(ValueError, match="newton_steps"):
+        cj.refit.move_keys(cj.balanced(), newton_steps=-1)
     with pytest.raises(ValueError, match="scale"):
-        cj.refit.relocation(cj.balanced(), scale=0.0)
+        cj.refit.move_keys(cj.balanced(), scale=0.0)
     keys, values = jnp.ones((2, 40, 4))
     with pytest.raises(ValueError, match="normalizers"):
-        cj.refit.relocation(cj.baselines.wildcat())(RNG, keys, values, size=8)
+        cj.refit.move_keys(cj.baselines.wildcat())(RNG, keys, values, size=8)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import coreset_jax as cj
-from coreset_jax import pivots
+from coreset_jax._src.fit import pivots
 
 RNG = jax.random.key(0)
 
@@ -63,12 +63,15 @@ def test_padding_is_never_heavy():
     assert not found[3:].any()
 
 
-def draw(keys, importance, target, size, seed=0):
-    target = jnp.asarray(target, jnp.int32)
-    drawn = pivots.cholesky_pivots(
-        jax.random.key(seed), keys, importance, target, size=size, block=8
+def draw(keys, importance, target, size, seed=0, block=8):
+    """The pivots, -1 behind the last."""
+    uniforms = jax.random.uniform(jax.random.key(seed), (8, block + len(keys)), minval=1e-30)
+    drawn, rounds = pivots.cholesky_pivots(
+        uniforms, keys, importance, jnp.asarray(target, jnp.int32), size=size, block=block
     )
-    return np.asarray(drawn)
+    assert 1 <= rounds <= 64
+    drawn = np.asarray(drawn)
+    return np.where(drawn < len(keys), drawn, -1)
 
 
 def test_pivots_are_distinct_and_reach_further_than_a_sample():
@@ -111,11 +114,7 @@ def test_near_copies_leave_no_more_than_their_distance(apart):
     rng = np.random.default_rng(0)
     centers = rng.standard_normal((8, 4))
     keys = centers[rng.integers(0, 8, 200)] + apart * rng.standard_normal((200, 4))
-    picked = np.asarray(
-        pivots.cholesky_pivots(
-            RNG, jnp.asarray(keys, jnp.float32), jnp.zeros(200), jnp.int32(32), size=32, block=16
-        )
-    )
+    picked = draw(jnp.asarray(keys, jnp.float32), jnp.zeros(200), 32, 32, block=16)
     found = picked[picked >= 0]
     assert len(set(found)) == len(found) >= 8
     # Copies to rounding are no more than one pivot; a thousandth apart, a few are told apart.
@@ -133,19 +132,22 @@ def test_what_has_no_importance_is_not_drawn():
     np.testing.assert_array_equal(drawn[20:], -1)
 
 
-def test_a_key_far_out_is_kept():
+def test_keys_far_out_are_kept_with_weight_one():
     keys, values = jax.random.normal(RNG, (2, 400, 8))
-    keys = keys.at[jnp.array([7, 123, 399])].mul(6)
-    coreset = cj.pivoted()(RNG, keys, values, size=20)
+    far = jnp.array([7, 123, 399])
+    keys = keys.at[far].mul(8)
+    coreset, info = cj.pivoted().with_info(RNG, keys, values, size=20)
     assert {7, 123, 399} <= set(np.asarray(coreset.indices).tolist())
+    weights = np.exp(coreset.log_weights)
+    np.testing.assert_array_equal(weights[jnp.searchsorted(coreset.indices, far)], 1)
+    assert int(info.heavy) == np.sum(weights == 1) >= 3
 
 
-@pytest.mark.parametrize("size", [1, 2, 15, 63, 64, 65, 128, 199])
+@pytest.mark.parametrize("size", [1, 15, 64, 199])
 def test_any_size_is_a_weighted_subset(size):
     keys, values = jax.random.normal(RNG, (2, 3, 200, 5))
     lengths = jnp.array([200, 70, 1])
-    compressor = cj.pivoted(bin_size=32)
-    coreset = compressor(RNG, keys, values, size=size, lengths=lengths)
+    coreset = cj.pivoted()(RNG, keys, values, size=size, lengths=lengths)
     for head, length in enumerate(np.asarray(lengths)):
         kept = min(size, length)
         indices = np.asarray(coreset.indices[head])
@@ -174,8 +176,8 @@ def test_a_nan_says_so():
 
 
 def test_bad_options_are_refused():
-    with pytest.raises(ValueError, match="bin_size"):
-        cj.pivoted(bin_size=0)
-    keys, values = jnp.ones((2, 10, 4))
     with pytest.raises(ValueError, match="rho"):
-        cj.pivoted(rho=-1.0)(RNG, keys, values, size=2)
+        cj.pivoted(rho=-1.0)
+    keys, values = jnp.ones((2, 2, 10, 4))
+    with pytest.raises(ValueError, match="kernel_radius"):
+        cj.pivoted(kernel_radius=jnp.ones(3))(RNG, keys, values, size=2)

@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from coreset_jax.problem import reduce
 
 import coreset_jax as cj
 from coreset_jax import refit
-from coreset_jax.geometry import balancing_geometry
+from coreset_jax._src.core import driver, turns
+from coreset_jax._src.geometry.kernel_geometry import balancing_geometry
+from coreset_jax.geometry import standardize
 from coreset_jax.guarantees import adversary
-from coreset_jax.refit import wrapper
 
 RNG = jax.random.key(0)
 COUNT, SIZE, WIDTH, VALUE_WIDTH = 60, 12, 5, 4
-REFITS = {"nystrom": refit.nystrom, "log_weights": refit.log_weights}
+REFITS = {"nystrom": refit.nystrom, "weights": refit.weights}
 
 
 def columns(geometry, values):
@@ -28,7 +28,7 @@ def exact_kernel(geometry, left, right):
 
 
 def geometry_of(keys, values, radius):
-    return balancing_geometry(reduce(keys, values, rho=2.0), jnp.float32(radius))
+    return balancing_geometry(standardize(keys, values, rho=2.0), jnp.float32(radius))
 
 
 def energy(geometry, keys, values, coreset):
@@ -59,7 +59,7 @@ def test_values_and_weights_are_the_projection():
     """With hardly a ridge, what is left of the error is orthogonal to every kept key."""
     keys, values = (array[0] for array in families(1))
     spread = cj.balanced(rho=2.0, block_size=COUNT, landmarks=None)
-    compressor = refit.nystrom(spread, rho=2.0, kernel_radius=1.5, ridge=1e-6)
+    compressor = refit.nystrom(spread, kernel_radius=1.5, ridge=1e-6)
     coreset = compressor(RNG, keys, values, size=5)
     geometry = geometry_of(keys, values, 1.5)
     kernel = exact_kernel(geometry, coreset.keys, coreset.keys)
@@ -74,7 +74,7 @@ def test_values_and_weights_are_the_projection():
 
 def test_weights_alone_are_the_best_weights():
     keys, values = (array[0] for array in families(1))
-    compressor = refit.log_weights(cj.baselines.uniform(), rho=2.0, kernel_radius=1.5, ridge=1e-6)
+    compressor = refit.weights(cj.baselines.uniform(), rho=2.0, kernel_radius=1.5, ridge=1e-6)
     coreset = compressor(RNG, keys, values, size=SIZE)
     np.testing.assert_array_equal(coreset.values, values[coreset.indices])
     geometry = geometry_of(keys, values, 1.5)
@@ -100,7 +100,7 @@ def test_never_worse_in_the_kernel_of_the_fit(name):
         for head in range(len(keys)):
             geometry = geometry_of(keys[head], values[head], 1.5)
             first, second = (
-                energy(geometry, keys[head], values[head], cj.Coreset(*(a[head] for a in each[:4])))
+                energy(geometry, keys[head], values[head], cj.Coreset(*(a[head] for a in each)))
                 for each in (before, after)
             )
             # Up to the rounding of float32 sums over a cache of this weight.
@@ -118,7 +118,7 @@ def test_worst_error_is_a_fraction_of_that_of_the_subset(rho):
         float(adversary(RNG, keys, values, coreset, rho=rho, starts=16, steps=20).error)
         for coreset in (
             compressor(RNG, keys, values, size=512)
-            for compressor in (subset, refit.nystrom(subset, rho=rho))
+            for compressor in (subset, refit.nystrom(subset))
         )
     ]
     assert errors[1] < 0.3 * errors[0]
@@ -138,9 +138,9 @@ def test_heads_do_not_retrace_and_transform():
     keys, values = families(0)
     compressor = refit.nystrom(cj.balanced(block_size=8, landmarks=8), rho=2.0)
     expected = compressor(RNG, keys, values, size=SIZE)
-    before = wrapper._fit._cache_size()
+    before = driver._compress._cache_size()
     compressor(jax.random.key(5), keys + 1, values, size=SIZE)
-    assert wrapper._fit._cache_size() == before
+    assert driver._compress._cache_size() == before
     jitted = jax.jit(lambda rng, *pairs: compressor(rng, *pairs, size=SIZE))
     found = jitted(RNG, keys, values)
     np.testing.assert_array_equal(found.indices, expected.indices)
@@ -151,7 +151,7 @@ def test_heads_may_be_fitted_one_after_another(monkeypatch):
     keys, values = (array.reshape(2, 3, COUNT, -1) for array in families(0))
     compressor = refit.nystrom(cj.baselines.uniform(), rho=2.0)
     expected = compressor(RNG, keys, values, size=SIZE)
-    monkeypatch.setattr(wrapper, "_ENTRIES", 2 * SIZE**2)
+    monkeypatch.setattr(turns, "memory_budget", lambda: 1)
     jax.clear_caches()
     found = compressor(RNG, keys, values, size=SIZE)
     jax.clear_caches()
@@ -170,18 +170,27 @@ def test_double_precision(x64):
 def test_bad_options_are_refused():
     uniform = cj.baselines.uniform()
     for make in REFITS.values():
-        with pytest.raises(ValueError, match="compressor must be callable"):
+        with pytest.raises(ValueError, match="compressor must be a Compressor"):
             make(None)
         with pytest.raises(ValueError, match="ridge must be positive"):
             make(uniform, ridge=0.0)
         with pytest.raises(ValueError, match="kernel_radius must be positive"):
-            make(uniform, kernel_radius=-1.0)(RNG, *families(0), size=SIZE)
+            make(uniform, kernel_radius=-1.0)
         with pytest.raises(ValueError, match="give one of them"):
-            make(uniform, rho=1.0, query_norm=1.0)(RNG, *families(0), size=SIZE)
+            make(uniform, rho=1.0, query_norm=1.0)
+        with pytest.raises(ValueError, match="normalizers"):
+            make(cj.baselines.wildcat())
 
-    def normalized(rng, keys, values, *, size, lengths=None, queries=None):
-        coreset = uniform(rng, keys, values, size=size, lengths=lengths)
-        return coreset._replace(normalizers=jnp.ones_like(coreset.log_weights))
 
-    with pytest.raises(ValueError, match="without normalizers"):
-        refit.nystrom(normalized)(RNG, *families(0), size=SIZE)
+def test_a_projection_falls_back_where_it_is_one_already():
+    """The second of two fits can gain nothing but rounding, and says which it did."""
+    keys, values = families(0)
+    _, once = refit.nystrom(cj.baselines.uniform(), ridge=1e-6).with_info(
+        RNG, keys, values, size=SIZE
+    )
+    np.testing.assert_array_equal(once.fits, 1)
+    assert bool(once.accepted[0])
+    twice = refit.nystrom(refit.nystrom(cj.baselines.uniform(), ridge=1e-6), ridge=1e3)
+    _, info = twice.with_info(RNG, keys, values, size=SIZE)
+    np.testing.assert_array_equal(info.fits, 2)
+    assert np.all(np.asarray(info.fallbacks) <= 2)

@@ -10,7 +10,7 @@ from coreset_jax._src.geometry.kernel_geometry import balancing_geometry, defaul
 from coreset_jax._src.geometry.standardize import standardize
 from coreset_jax._src.stream import sketch
 
-SETTINGS = sketch.Settings(8, 1.5, 0.5, walks.greedy_pairs, 8, 1e-6)
+SETTINGS = sketch.Settings(8, 1.5, 0.5, walks.greedy_pairs, 8, 1e-6, None)
 
 
 @pytest.fixture(scope="module")

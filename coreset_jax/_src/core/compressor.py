@@ -331,7 +331,7 @@ class Wrapper(Compressor):
     @property
     def reads_queries(self) -> bool:
         """Whether sample queries change what it returns."""
-        return self.needs_queries or self.compressor.reads_queries
+        return super().reads_queries or self.compressor.reads_queries
 
     def workspace(self, count: int, size: int, width: int) -> int:
         """Numbers that the intermediate results of one head take."""

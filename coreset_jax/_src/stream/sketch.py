@@ -10,11 +10,12 @@ so that errors add up in it, and independent of the geometry in which pairs are 
 *ledger* adds up what every halving can have done to any query.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from coreset_jax._src.attention import default_scale
 from coreset_jax._src.balance.walks import Walk
 from coreset_jax._src.core.compressor import Compressor
 from coreset_jax._src.geometry.kernel_geometry import Geometry, default_kernel_radius
@@ -62,7 +63,16 @@ class Settings(NamedTuple):
     walk: Walk
     max_swaps: int
     ridge: float
-    compressor: Compressor | None = None
+    compressor: Compressor | None
+
+    @classmethod
+    def at_width(
+        cls, width: int, *, query_norm: float | None, scale: float | None, **options: Any
+    ) -> "Settings":
+        """Settings for keys of a width, which decides what is ``None``."""
+        query_norm = width**0.5 if query_norm is None else query_norm
+        scale = default_scale(width) if scale is None else scale
+        return cls(query_norm=query_norm, scale=scale, **options)
 
 
 class Sketch(NamedTuple):
