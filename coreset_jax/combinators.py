@@ -42,7 +42,7 @@ class chunked(Wrapper):  # noqa: N801
       chunk_size: most pairs that are kept of a chunk; up to that size nothing is cut.
 
     A compressor; see :class:`coreset_jax.Compressor`. If no number of chunks up to twice the least
-    one divides ``size``, fewer slots than there are chunks stay empty.
+    one divides ``size``, the remainder of that division stays empty.
 
     Raises:
       ValueError: on bad options.

@@ -88,8 +88,8 @@ def compress(
       lengths: valid pairs of each head ``[...]``; the rest is padding and may hold anything.
 
     Returns:
-      The coreset, with ``min(size, n)`` slots a head; read it with :func:`coreset_jax.attend`. How
-      it came about says ``cj.fitted(...).with_info``.
+      The coreset, with ``min(size, n)`` slots a head; read it with :func:`coreset_jax.attend`. For
+      diagnostics call ``cj.fitted(...).with_info``.
 
     Raises:
       ValueError: on ill-fitting shapes, a ``size`` below 1, ``lengths`` outside ``1..n`` or a

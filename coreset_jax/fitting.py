@@ -14,7 +14,7 @@ from coreset_jax._src.fit.move_keys import move_and_fit
 from coreset_jax._src.fit.pivots import candidate_count, select_pivots
 from coreset_jax.combinators import chunk_count, chunked, keep_ends
 
-# Sample queries are matched by so many pairs together: what one is given is taken from the others.
+# Slots of a chunk whose weights and values are matched to the sample queries together.
 _MATCHED_TOGETHER = 2048
 
 # Of the pairs that are fitted together, so many are moved together: neighbors in a text are alike,
@@ -111,14 +111,14 @@ class _fitted_together(Compressor):  # noqa: N801
 class fitted(Compressor):  # noqa: N801
     """Usually the lowest error at a given size: pivots, moved and refitted, and matched to samples.
 
-    The cache is cut into chunks of the sequence, so that time is linear in the length, and
-    neighbors in a text are alike, so that a fit of their own serves them better. Of each chunk
+    The sequence is cut into chunks, so that time is linear in the length; and neighbors in a text
+    are alike, so that a fit of their own serves them better. The stages, each on chunks of its own:
 
-    1. :class:`pivoted` selects the keys,
-    2. :class:`coreset_jax.refit.move_keys` moves them, 256 at a time, and fits weights and values
-       behind them, ``chunk_size`` at a time,
-    3. :class:`coreset_jax.refit.matching` corrects those for sample queries, if there are any, 2048
-       at a time.
+    1. of 256 slots: :class:`pivoted` selects keys, and Gauss-Newton steps move them;
+    2. of ``chunk_size`` slots: weights and values are fitted behind all keys of the chunk
+       (:class:`coreset_jax.refit.move_keys` without steps);
+    3. of 2048 slots, if there are sample queries: :class:`coreset_jax.refit.matching` corrects
+       weights and values for them.
 
     The first and the last pairs of the cache stay what they are (:class:`coreset_jax.keep_ends`):
     later queries attend mostly to these. Where pairs have no order, or a window is kept elsewhere,

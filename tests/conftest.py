@@ -1,11 +1,13 @@
 """The environment that JAX must find when it is first imported, and what all tests share."""
 
+import importlib
 import os
 import pathlib
 from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -28,6 +30,11 @@ for library in ("MKL", "OMP", "OPENBLAS"):
 # stale one is never taken.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+# Shapes and dtypes of annotations are checked in all calls, if asked for. This imports JAX.
+if os.environ.get("CHECK_SHAPES"):
+    install_import_hook("coreset_jax", "tests.typechecking.check")
+    importlib.import_module("tests.typechecking")
 
 # The first example compiles; and the same examples are drawn in every run.
 settings.register_profile("coreset", deadline=None, derandomize=True)

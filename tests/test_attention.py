@@ -168,7 +168,7 @@ def test_gradients_are_those_of_softmax(inputs):
     def plain(queries, keys, values):
         logits = jnp.einsum("...qd,...nd->...qn", queries, keys) * WIDTH**-0.5
         logits = logits + log_weights[..., None, :]
-        logits += length_log_weights(lengths, COUNT, jnp.float32)[..., None, :]
+        logits += length_log_weights(lengths, COUNT, jnp.dtype(jnp.float32))[..., None, :]
         return jnp.sum(jnp.sin(jax.nn.softmax(logits) @ values))
 
     expected = jax.jit(jax.grad(plain, argnums=(0, 1, 2)))(*inputs[:3])

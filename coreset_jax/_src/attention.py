@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from coreset_jax._src import checks
 from coreset_jax._src.precision import accumulation_dtype
@@ -36,7 +36,7 @@ def partial_attention(
     queries: Float[Array, "*heads q d"],
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
-    log_weights: Float[Array, "*heads n"] | None = None,
+    log_weights: Float[Array, "*#heads n"] | None = None,
     *,
     scale: ArrayLike | None = None,
     visible: Bool[Array, "#q n"] | None = None,
@@ -113,7 +113,7 @@ def finish(state: PartialAttention) -> Float[Array, "*heads q dv"]:
 
 
 def length_log_weights(
-    lengths: Int[Array, "*heads"], count: int, dtype: jnp.dtype
+    lengths: Integer[Array, "*heads"], count: int, dtype: jnp.dtype
 ) -> Float[Array, "*heads n"]:
     """Log-weights that are 0 for the first ``lengths`` of ``count`` pairs and ``-inf`` after."""
     inside = jnp.arange(count) < jnp.asarray(lengths)[..., None]
@@ -124,9 +124,9 @@ def attention(
     queries: Float[Array, "*heads q d"],
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
-    log_weights: Float[Array, "*heads n"] | None = None,
+    log_weights: Float[Array, "*#heads n"] | None = None,
     *,
-    lengths: Int[Array, "*heads"] | None = None,
+    lengths: Integer[Array, "*heads"] | None = None,
     scale: ArrayLike | None = None,
     block_size: int | None = None,
 ) -> Float[Array, "*heads q dv"]:

@@ -338,7 +338,8 @@ def _held(cache: CoresetCache) -> list[Part]:
     def exact(block: KVBlock, counts: Array) -> Part:
         inside = jnp.arange(block.keys.shape[2]) < counts[:, None]
         # Weights of the middle are absolute: a pair that is exact stands for itself.
-        return *block, jnp.where(inside, 0.0, -jnp.inf)[:, None]
+        weights = jnp.where(inside, 0.0, -jnp.inf)[:, None]
+        return *block, jnp.broadcast_to(weights, block.keys.shape[:3])
 
     parts = [exact(cache.recent, cache.filled)]
     if cache.config.middle:

@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from coreset_jax._src.attention import finish, merge, partial_attention
 
-# Keys and values ``[batch, kv_heads, slots, width]`` and log-weights ``[batch, kv_heads, slots]``,
-# of which the heads may be one for all.
+# Keys and values ``[batch, kv_heads, slots, width]`` and log-weights ``[batch, kv_heads, slots]``.
 Part = tuple[Array, Array, Array]
 
 # Scores that are held at a time.

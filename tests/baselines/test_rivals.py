@@ -89,8 +89,14 @@ def test_every_method_and_size_has_a_figure():
     assert len(COMPARED) + 4 == len(ROWS)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("method", RIVALS)
+@pytest.mark.parametrize(
+    ("method", "size"),
+    [
+        # Walks one after another through buckets of up to 1024 pairs.
+        pytest.param(*case, marks=pytest.mark.slow if case == ("kernel_halving", 512) else ())
+        for case in itertools.product(RIVALS, SIZES)
+    ],
+)
 def test_errors_are_those_of_the_authors_code(instances, method, size):
     compressor, draws = RIVALS[method]
     for name in NAMES:

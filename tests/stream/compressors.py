@@ -15,7 +15,7 @@ class sampled(cj.Compressor):  # noqa: N801
     ``note`` is called with the sample queries of every head.
     """
 
-    skew: Any = leaf(1e3)
+    skew: Any = leaf(default=1e3)
     note: Any = None
 
     @property

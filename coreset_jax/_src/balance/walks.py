@@ -86,7 +86,7 @@ def self_balancing(
     field: Float[Array, " b"],
     count: Count,
     *,
-    constant: float = 1.0,
+    constant: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, " b"]:
     r"""The online self-balancing walk, on the differences of consecutive vectors.
 
@@ -289,7 +289,7 @@ def swap_refinement(
     field: Float[Array, " b"],
     signs: Float[Array, " b"],
     *,
-    max_swaps: int,
+    max_swaps: Count,
 ) -> Float[Array, " b"]:
     r"""Exchanges a + and a - as long as that lowers the energy.
 

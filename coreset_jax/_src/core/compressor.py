@@ -8,6 +8,10 @@ To add one, write a class with a docstring, its options as fields, and ``compres
         def compress_head(self, head, size):
             return head.pairs(jnp.arange(size), jnp.zeros(size, head.dtype)), Info()
 
+It goes into a file of its own: methods of this library beside ``balancing.py``, all others into
+``coreset_jax/baselines/``. Declare ``rho``, ``query_norm`` and ``scale`` as leaves if it has use
+for them, and set ``keeps_pairs = False`` if its keys or values are not those of the source.
+
 Everything else is done around it (:mod:`coreset_jax._src.core.driver`): checks, masks, random keys,
 units, many heads, compilation.
 """
@@ -20,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from coreset_jax._src import checks
 from coreset_jax._src.core import driver
@@ -122,7 +126,8 @@ class Compressor:
         """The coreset of one head in ``size`` slots, and what happened; for subclasses to define.
 
         Args:
-          head: the head; ``size`` is below its number of pairs, but may exceed its length.
+          head: the head. ``size`` is below ``head.count``, padding included, but may exceed
+            ``head.length``, and then all valid pairs must be kept.
           size: slots, static.
         """
         raise NotImplementedError
@@ -169,7 +174,7 @@ class Compressor:
         values: Float[Array, "*heads n dv"],
         *,
         size: int,
-        lengths: Int[Array, "*heads"] | None = None,
+        lengths: Integer[Array, "*heads"] | None = None,
         queries: Float[Array, "*heads q d"] | None = None,
     ) -> Coreset:
         """Keeps at most ``size`` pairs of each head.
@@ -202,7 +207,7 @@ class Compressor:
         values: Float[Array, "*heads n dv"],
         *,
         size: int,
-        lengths: Int[Array, "*heads"] | None = None,
+        lengths: Integer[Array, "*heads"] | None = None,
         queries: Float[Array, "*heads q d"] | None = None,
     ) -> tuple[Coreset, Info]:
         """The same coreset, and what happened on the way to it.

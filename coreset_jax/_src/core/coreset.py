@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from coreset_jax._src import checks
 from coreset_jax._src.attention import attention
@@ -113,7 +113,7 @@ def emptied(coreset: AnyCoreset, slots: Array) -> AnyCoreset:
 def whole_cache(
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
-    lengths: Int[Array, "*heads"] | None = None,
+    lengths: Integer[Array, "*heads"] | None = None,
 ) -> Coreset:
     """The cache itself as a coreset: every valid pair with weight one.
 

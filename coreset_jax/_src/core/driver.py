@@ -1,17 +1,18 @@
 """From a call with many heads to pure functions of one: the only place that knows of both.
 
 A call is checked once, before anything is traced. Then one program is compiled for its shapes:
-every head gets a number, options and a random key of its own, is masked and standardized, and goes
-through the compressor; as many heads at a time as memory allows.
+every head gets a number, options and a random key of its own, its padding is masked, and it goes
+through the compressor, whose stages take as many heads at a time as memory allows
+(:mod:`coreset_jax._src.core.turns`).
 """
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from coreset_jax._src import checks
 from coreset_jax._src.core.coreset import Coreset, packed
@@ -36,7 +37,7 @@ class Cache(NamedTuple):
     rng: Array
     keys: Float[Array, "*heads n d"]
     values: Float[Array, "*heads n dv"]
-    lengths: Int[Array, "*heads"] | None
+    lengths: Integer[Array, "*heads"] | None
     queries: Float[Array, "*heads q d"] | None
     measured: bool
 
@@ -60,6 +61,7 @@ class Cache(NamedTuple):
         )
 
 
+@runtime_checkable
 class Method(Protocol):
     """What the driver asks of a compressor; see :class:`coreset_jax.Compressor`."""
 
@@ -103,7 +105,7 @@ def compress(
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
     size: int,
-    lengths: Int[Array, "*heads"] | None,
+    lengths: Integer[Array, "*heads"] | None,
     queries: Float[Array, "*heads q d"] | None,
     measured: bool,
 ) -> tuple[Coreset, Info]:
@@ -126,7 +128,7 @@ def _compress(
     rng: Array,
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
-    lengths: Int[Array, "*heads"] | None,
+    lengths: Integer[Array, "*heads"] | None,
     queries: Float[Array, "*heads q d"] | None,
     *,
     size: int,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,12 +14,10 @@ from coreset_jax._src.core.coreset import Coreset, gather, whole_cache
 from coreset_jax._src.geometry.standardize import Standardization, largest_norm, standardize
 from coreset_jax._src.precision import accumulation_dtype
 
+_ARRAYS = ("rng", "number", "keys", "values", "length", "queries", "query_norm", "scale")
+_STATIC = ("ragged", "measured")
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["rng", "number", "keys", "values", "length", "queries", "query_norm", "scale"],
-    meta_fields=["ragged", "measured"],
-)
+
 @dataclasses.dataclass(frozen=True)
 class Head:
     """The pairs of one head, or of a consecutive part of it, ready for a stage.
@@ -144,3 +143,21 @@ class Head:
     def whole(self) -> Coreset:
         """All pairs with weight one."""
         return whole_cache(self.keys, self.values, self.length if self.ragged else None)
+
+
+def _rebuilt(statics: tuple[bool, ...], arrays: Sequence[Any]) -> Head:
+    # Without the constructor: while JAX handles it, arrays may have more axes, or be anything.
+    head = object.__new__(Head)
+    for name, value in zip((*_ARRAYS, *_STATIC), (*arrays, *statics), strict=True):
+        object.__setattr__(head, name, value)
+    return head
+
+
+jax.tree_util.register_pytree_with_keys(
+    Head,
+    lambda head: (
+        [(jax.tree_util.GetAttrKey(name), getattr(head, name)) for name in _ARRAYS],
+        tuple(getattr(head, name) for name in _STATIC),
+    ),
+    _rebuilt,
+)

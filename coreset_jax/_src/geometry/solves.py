@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 
-def identity_like(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
+def identity_like(matrix: Shaped[Array, "m m"]) -> Shaped[Array, "m m"]:
     """The identity, sharded as a matrix is: a solver wants both its arguments alike."""
     return jnp.zeros_like(matrix) + jnp.eye(matrix.shape[0], dtype=matrix.dtype)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from coreset_jax._src import checks
 from coreset_jax._src.attention import default_scale
@@ -120,7 +120,7 @@ def check_radius(
 
 
 def _center_radius_spread(
-    array: Float[Array, "*heads n d"], lengths: Int[Array, "*heads"] | None
+    array: Float[Array, "*heads n d"], lengths: Integer[Array, "*heads"] | None
 ) -> tuple[Float[Array, "*heads d"], Float[Array, "*heads"], Float[Array, "*heads"]]:
     """Mean row, largest distance from it, and root mean square distance over the largest.
 
@@ -170,7 +170,7 @@ def standardize(
     query_norm: ArrayLike | None = None,
     queries: Float[Array, "*heads q d"] | None = None,
     scale: ArrayLike | None = None,
-    lengths: Int[Array, "*heads"] | None = None,
+    lengths: Integer[Array, "*heads"] | None = None,
 ) -> Standardization:
     r"""Finds the unit problem of a cache.
 
@@ -245,7 +245,7 @@ def calibrate(
     queries: Float[Array, "*heads q d"],
     *,
     scale: ArrayLike | None = None,
-    lengths: Int[Array, "*heads"] | None = None,
+    lengths: Integer[Array, "*heads"] | None = None,
     quantiles: Sequence[float] = (0.5, 0.9, 0.99),
     mass: float = 0.9,
 ) -> Calibration:
@@ -295,7 +295,7 @@ def calibrate(
 def _calibrate(
     keys: Float[Array, "*heads n d"],
     queries: Float[Array, "*heads q d"],
-    lengths: Int[Array, "*heads"] | None,
+    lengths: Integer[Array, "*heads"] | None,
     scale: ArrayLike,
     quantiles: Float[Array, " quantiles"],
     mass: ArrayLike,
