@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from coreset_jax._src import checks
 from coreset_jax._src.core.compressor import Compressor, Wrapper, leaf
-from coreset_jax._src.core.coreset import Coreset
+from coreset_jax._src.core.coreset import AnyCoreset, Coreset, SignedCoreset
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.precision import accumulation_dtype
@@ -38,7 +38,7 @@ def _through_codes(
     return jnp.where(kept, low + codes * step, 0).astype(array.dtype)
 
 
-def _round_trip(coreset: Coreset, bits: int) -> Coreset:
+def _round_trip(coreset: AnyCoreset, bits: int) -> AnyCoreset:
     """The coreset with its pairs quantized and read back."""
     kept = (coreset.indices >= 0)[..., None]
     keys = _through_codes(coreset.keys, kept, bits, axis=-2)
@@ -119,13 +119,13 @@ class quantized(Wrapper):  # noqa: N801
         """Pairs are rounded."""
         return False
 
-    def on_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
+    def on_head(self, head: Head, size: int) -> tuple[Any, Info]:
         """What is kept, or the whole head, through its codes and back."""
         coreset, info = self.compressor.on_head(head, size)
         return _round_trip(coreset, self.bits), info
 
 
-def quantized_bytes(coreset: Coreset, bits: int = 8) -> int:
+def quantized_bytes(coreset: Coreset | SignedCoreset, bits: int = 8) -> int:
     r"""Bytes that the pairs of a coreset take in quantized form.
 
     .. math::
@@ -153,7 +153,7 @@ def quantized_bytes(coreset: Coreset, bits: int = 8) -> int:
     return math.prod(leading) * (codes + _PARAMETER_BYTES * (width + size))
 
 
-def _check_bits(bits: int) -> None:
+def _check_bits(bits: Any) -> None:
     checks.check_count("bits", bits, 2)
     if bits > 8:
         raise ValueError(f"bits must be at most 8, got {bits}.")

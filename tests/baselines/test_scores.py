@@ -139,9 +139,8 @@ def test_blocks_of_queries_add_up(heads, monkeypatch):
         monkeypatch.setattr(scores, "WEIGHTS", block_size * COUNT)
 
         def both(keys, values, queries):
-            head = Head.prepare(
-                jax.random.key(0), 0, keys, values, jnp.int32(length), queries, ragged=True
-            )
+            given = jnp.int32(0), keys, values, jnp.int32(length), queries
+            head = Head.prepare(jax.random.key(0), *given, ragged=True)
             means = scores.mean_attention, scores.mean_squared_attention
             return [mean(head, queries) for mean in means]
 

@@ -1,6 +1,5 @@
 """Matching: the formulas, never worse for the samples, and better for other queries as well."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +7,11 @@ import pytest
 
 import coreset_jax as cj
 from coreset_jax import refit
-from coreset_jax._src.core.coreset import gather
+from coreset_jax._src.core.coreset import emptied, gather
+from coreset_jax._src.core.head import Head
 from coreset_jax._src.fit import query_targets
+from tests.compressors import newest, sampled, signed
 from tests.compressors import refit as fit_to
-from tests.compressors import sampled
 
 RNG = jax.random.key(0)
 COUNT, SIZE, WIDTH, VALUE_WIDTH = 60, 12, 5, 4
@@ -85,22 +85,36 @@ def draw(seed=0, count=COUNT, samples=40):
     return keys, rng.standard_normal((count, VALUE_WIDTH)), rng.standard_normal((samples, WIDTH))
 
 
-@pytest.mark.parametrize("start", ["move_keys", "uniform"])
-@pytest.mark.parametrize("strength", [0.05, 0.3, 3.0])
-def test_columns_are_those_of_the_formulas(start, strength, x64):
-    starts = {"move_keys": refit.move_keys(cj.pivoted()), "uniform": cj.baselines.uniform()}
+def made_up(seed, keys, values, size=SIZE):
+    """A coreset with keys and values of its own, and weights that are anything."""
+    rng = np.random.default_rng(seed)
+    places = np.sort(rng.permutation(keys.shape[-2])[:size])
+    near = [
+        array[..., places, :] + 0.3 * rng.standard_normal((size, array.shape[-1]))
+        for array in (keys, values)
+    ]
+    log_weights = np.broadcast_to(rng.uniform(0, 3, size), near[0].shape[:-1])
+    indices = np.broadcast_to(places.astype(np.int32), log_weights.shape)
+    return cj.Coreset(*near, log_weights, indices)
+
+
+def test_columns_are_those_of_the_formulas(x64):
     keys, values, queries = draw(1)
     # One far out, which the kernel draws in.
     keys[7] *= 4
-    first = starts[start](RNG, jnp.asarray(keys), jnp.asarray(values), size=SIZE)
+    far = made_up(0, keys, values)
+    far.keys[3] = keys[7]
     for dtype, tolerance in ((np.float64, 1e-8), (np.float32, 3e-2)):
-        head = [jnp.asarray(array, dtype) for array in (keys, values, queries)]
-        before = cj.Coreset(*(jnp.asarray(array, dtype) for array in first[:3]), first.indices)
-        after = fit_by(refit.matching, before, *head, strength=strength, scale=0.6)
-        log_weights, fitted = corrected(head[2], *head[:2], before, 0.6, strength)
-        np.testing.assert_array_equal(after.keys, before.keys)
-        np.testing.assert_allclose(after.log_weights, log_weights, atol=tolerance)
-        np.testing.assert_allclose(after.values, fitted, atol=tolerance * np.abs(fitted).max())
+        for strength in (0.05, 3.0):
+            for start in (far, made_up(2, keys, values)):
+                head = [jnp.asarray(array, dtype) for array in (keys, values, queries)]
+                before = cj.Coreset(*(jnp.asarray(each, dtype) for each in start[:3]), start[3])
+                after = fit_by(refit.matching, before, *head, strength=strength, scale=0.6)
+                log_weights, fitted = corrected(head[2], *head[:2], before, 0.6, strength)
+                np.testing.assert_array_equal(after.keys, before.keys)
+                np.testing.assert_allclose(after.log_weights, log_weights, atol=tolerance)
+                most = tolerance * np.abs(fitted).max()
+                np.testing.assert_allclose(after.values, fitted, atol=most)
 
 
 def test_plain_matching_is_the_baseline_behind_its_keys(x64):
@@ -155,19 +169,19 @@ def test_never_worse_for_the_samples(name, size):
 
 
 def test_a_large_strength_leaves_the_columns():
-    keys, values, queries = (jnp.asarray(array, jnp.float32) for array in draw(3))
-    start = refit.move_keys(cj.pivoted())
-    before = start(RNG, keys, values, size=SIZE, queries=queries)
+    keys, values, queries = (array.astype(np.float32) for array in draw(3))
+    before = jax.tree.map(np.float32, made_up(3, keys, values))
+    before = before._replace(indices=np.arange(SIZE, dtype=np.int32))
     after = fit_by(refit.matching, before, keys, values, queries, strength=1e6)
     # All but a common factor, which attention does not see.
     change = after.log_weights - before.log_weights
-    np.testing.assert_allclose(change, change[0], atol=1e-4)
+    np.testing.assert_allclose(change, np.full(SIZE, change[0]), atol=1e-4)
     np.testing.assert_allclose(after.values, before.values, atol=1e-4)
 
 
 def test_a_common_factor_of_the_weights_is_not_seen():
-    keys, values, queries = (jnp.asarray(array, jnp.float32) for array in draw(4))
-    before = cj.baselines.uniform()(RNG, keys, values, size=SIZE)
+    keys, values, queries = (array.astype(np.float32) for array in draw(4))
+    before = sampled()(RNG, keys, values, size=SIZE)
     light = before._replace(log_weights=before.log_weights - 5)
     first, second = (
         fit_by(refit.matching, each, keys, values, queries) for each in (before, light)
@@ -216,42 +230,35 @@ def coreset_of(head, coreset):
 
 @pytest.mark.parametrize("name", REFITS)
 def test_ragged_heads_are_heads_of_their_own(name):
-    keys, values = jax.random.normal(RNG, (2, 4, COUNT, WIDTH))
-    queries = jax.random.normal(jax.random.key(1), (4, 30, WIDTH))
-    lengths = jnp.array([COUNT, 40, SIZE, 5])
-    inside = (jnp.arange(COUNT) < lengths[:, None])[..., None]
-    dirty = [jnp.where(inside, array, jnp.nan) for array in (keys, values)]
-    before = cj.baselines.streaming_llm()(RNG, *dirty, size=SIZE, lengths=lengths)
+    keys, values, queries = (array.astype(np.float32) for array in draw(5, count=4 * COUNT))
+    keys, values = (array.reshape(4, COUNT, -1) for array in (keys, values))
+    queries = queries.reshape(4, 10, WIDTH)
+    lengths = np.array([COUNT, 40, SIZE, 5])
+    inside = (np.arange(COUNT) < lengths[:, None])[..., None]
+    dirty = [np.where(inside, array, np.float32(np.nan)) for array in (keys, values)]
+    before = jax.device_get(newest()(RNG, *dirty, size=SIZE, lengths=lengths))
+    # The last two slots of one that is fitted are empty.
+    holes = np.zeros((4, SIZE), bool)
+    holes[1, -2:] = True
+    before = jax.device_get(emptied(before, holes))
     after = fit_by(REFITS[name], before, *dirty, queries, lengths)
     np.testing.assert_array_equal(after.keys, before.keys)
     # Padding leaves no trace.
     clean = fit_by(REFITS[name], before, keys, values, queries, lengths)
     jax.tree.map(np.testing.assert_array_equal, after, clean)
-    for head, length in enumerate(np.asarray(lengths)):
-        single = coreset_of(head, before)
-        if length <= SIZE:
-            # What is kept whole stays as it is, and empty slots stay empty.
-            jax.tree.map(np.testing.assert_array_equal, coreset_of(head, after), single)
-            continue
-        found = fit_by(
-            REFITS[name], single, keys[head, :length], values[head, :length], queries[head]
+    # What is kept whole stays as it is, and empty slots stay empty.
+    for short in (2, 3):
+        jax.tree.map(
+            np.testing.assert_array_equal, coreset_of(short, after), coreset_of(short, before)
         )
-        assert not np.array_equal(found.log_weights, single.log_weights)
-        np.testing.assert_allclose(after.log_weights[head], found.log_weights, atol=2e-3)
-        np.testing.assert_allclose(after.values[head], found.values, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("name", REFITS)
-def test_empty_slots_stay_empty(name):
-    keys, values, queries = (jnp.asarray(array, jnp.float32) for array in draw(5))
-    indices = jnp.array([3, 9, 20, 41, -1, -1])
-    before = gather(keys, values, indices, jnp.full(6, jnp.log(15.0)))
-    narrow = cj.Coreset(*(array[:4] for array in before))
-    after, alone = (fit_by(REFITS[name], each, keys, values, queries) for each in (before, narrow))
-    assert np.all(np.isneginf(after.log_weights[4:]))
-    assert not np.any(after.values[4:])
-    assert not np.array_equal(after.log_weights[:4], before.log_weights[:4])
-    np.testing.assert_allclose(after.values[:4], alone.values, atol=2e-3)
+    assert np.all(np.isneginf(after.log_weights[1, -2:]))
+    assert not np.any(after.values[1, -2:])
+    # A head cut to its length, with a coreset without empty slots.
+    single = jax.tree.map(lambda leaf: leaf[1, :-2], before)
+    found = fit_by(REFITS[name], single, keys[1, :40], values[1, :40], queries[1])
+    assert not np.allclose(found.log_weights, single.log_weights, atol=0.01)
+    np.testing.assert_allclose(after.log_weights[1, :-2], found.log_weights, atol=2e-3)
+    np.testing.assert_allclose(after.values[1, :-2], found.values, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.slow
@@ -271,47 +278,35 @@ def test_half_precision():
         assert second < 0.9 * first
 
 
-@pytest.mark.parametrize("name", REFITS)
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_samples_that_are_no_numbers_show(name, bad):
-    keys, values = jax.random.normal(RNG, (2, 2, COUNT, WIDTH))
-    queries = jnp.ones((2, 3, WIDTH)).at[1, 2, 0].set(bad)
-    compressor = REFITS[name](cj.baselines.uniform())
-    coreset = compressor(RNG, keys, values, size=SIZE, queries=queries)
-    assert np.all(np.isfinite(coreset.log_weights[0]))
-    assert np.all(np.isnan(coreset.log_weights[1]))
-
-
 def test_the_cache_is_asked_in_blocks(monkeypatch):
-    keys, values, queries = (jnp.asarray(array, jnp.float32) for array in draw(6))
-    compressor = refit.matching(cj.baselines.uniform())
-    expected = compressor(RNG, keys, values, size=SIZE, queries=queries)
-    # Blocks of seven pairs, the last one not full.
-    monkeypatch.setattr(query_targets, "_SCORES", 7 * len(queries))
-    jax.clear_caches()
-    found = compressor(RNG, keys, values, size=SIZE, queries=queries)
-    jax.clear_caches()
-    np.testing.assert_allclose(found.log_weights, expected.log_weights, atol=1e-4)
-    np.testing.assert_allclose(found.values, expected.values, rtol=1e-3, atol=1e-3)
+    keys, values, queries = (array.astype(np.float32) for array in draw(6))
 
+    def targets(keys, values, queries):
+        head = Head.prepare(
+            RNG, jnp.int32(0), keys, values, jnp.int32(COUNT), queries, ragged=False
+        )
+        found = query_targets.evaluate(head, keys[:SIZE], jnp.arange(SIZE) < SIZE - 1)
+        outputs = head.standardization.restore_values(found.outputs())
+        return outputs, found.cache.maximum + jnp.log(found.cache.total), found.scores
 
-@pytest.mark.parametrize("name", REFITS)
-def test_one_trace_for_equal_shapes(name):
-    chex.clear_trace_counter()
-
-    def once(rng, keys, values, queries):
-        return REFITS[name](cj.baselines.uniform())(rng, keys, values, size=9, queries=queries)
-
-    compress = jax.jit(chex.assert_max_traces(once, n=1))
-    for seed in range(2):
-        pairs = jax.random.normal(jax.random.key(seed), (3, 2, COUNT, WIDTH))
-        compress(jax.random.key(seed), *pairs)
+    exact, _ = attend(queries, keys, values, np.zeros(COUNT), WIDTH**-0.5)
+    centered = keys - keys.mean(axis=0)
+    _, totals = attend(queries, centered, values, np.zeros(COUNT), WIDTH**-0.5)
+    # One block for all, and blocks of seven pairs, the last one not full.
+    for scores in (2**20, 7 * len(queries)):
+        monkeypatch.setattr(query_targets, "_SCORES", scores)
+        outputs, found, kept = jax.jit(lambda *given: targets(*given))(keys, values, queries)
+        np.testing.assert_allclose(outputs, exact, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found, totals[:, 0], rtol=1e-5)
+        expected = WIDTH**-0.5 * queries @ centered[: SIZE - 1].T
+        np.testing.assert_allclose(kept[:, :-1], expected, rtol=1e-3, atol=1e-5)
+        assert np.all(np.isneginf(kept[:, -1]))
 
 
 @pytest.mark.parametrize("name", REFITS)
 def test_bad_calls_are_refused(name):
     keys, values = jnp.ones((2, 40, 4))
-    compressor = REFITS[name](cj.baselines.uniform())
+    compressor = REFITS[name](sampled())
     for queries, message in [
         (None, "queries must be given"),
         (keys[:0], "queries must be given"),
@@ -321,7 +316,7 @@ def test_bad_calls_are_refused(name):
         with pytest.raises(ValueError, match=message):
             compressor(RNG, keys, values, size=8, queries=queries)
     with pytest.raises(ValueError, match="normalizers"):
-        REFITS[name](cj.baselines.wildcat())
+        REFITS[name](signed())
 
 
 @pytest.mark.parametrize(
