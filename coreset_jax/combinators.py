@@ -78,7 +78,7 @@ class chunked(Wrapper):  # noqa: N801
         # In this order the product stays below 2^31.
         stops = edges * (head.length // chunks) + edges * (head.length % chunks) // chunks
         starts, lengths = stops[:-1], jnp.diff(stops)
-        places = jnp.minimum(starts[:, None] + jnp.arange(width), head.count - 1)
+        places = jnp.minimum(starts[:, None] + jnp.arange(width)[None], head.count - 1)
 
         def cut(array: Array) -> Array:
             return array.reshape(chunks, width, -1) if even else array[places]

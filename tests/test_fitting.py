@@ -19,10 +19,10 @@ def cache():
 
 
 def test_compress_is_fitted_with_its_defaults(cache):
-    lengths = jnp.array([120, 60, 5])
+    lengths = np.array([120, 60, 5])
     known = {"rho": 2.0, "scale": 0.5}
-    expected = cj.fitted(**known)(RNG, *cache, size=12, lengths=lengths)
-    coreset = cj.compress(RNG, *cache, size=12, lengths=lengths, **known)
+    expected = cj.fitted(**known)(RNG, *cache, size=40, lengths=lengths)
+    coreset = cj.compress(RNG, *cache, size=40, lengths=lengths, **known)
     chex.assert_trees_all_equal(coreset, expected)
     # As fitted, and not scaled to it.
     np.testing.assert_allclose(np.exp(coreset.log_weights).sum(axis=-1), lengths, rtol=0.2)
@@ -30,7 +30,7 @@ def test_compress_is_fitted_with_its_defaults(cache):
 
 @pytest.mark.parametrize(
     "size",
-    [1, 40, 119, 120, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 5, 79, 130))],
+    [40, 119, 120, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2, 5, 79, 130))],
 )
 def test_any_size(cache, size):
     coreset = cj.fitted()(RNG, *cache, size=size)
@@ -86,12 +86,14 @@ def test_cuts_within_cuts(monkeypatch, cache, queries, ragged):
 
 def test_a_radius_is_that_of_the_whole_cache(cache):
     """Whatever lies far out at the ends, the pairs between them have the same queries."""
-    keys, values = cache
-    keys = keys.at[:, 0].mul(8)
-    center = jnp.mean(keys, axis=1, keepdims=True)
-    radius = jnp.max(jnp.linalg.norm(keys - center, axis=-1), axis=-1)
-    by_rho = cj.fitted(rho=3.0, scale=0.5)(RNG, keys, values, size=40)
-    by_norm = cj.fitted(query_norm=3.0 / (0.5 * radius), scale=0.5)(RNG, keys, values, size=40)
+    keys, values = (np.array(array) for array in cache)
+    keys[:, 0] *= 8
+    center = keys.mean(axis=1, keepdims=True)
+    radius = np.linalg.norm(keys - center, axis=-1).max(axis=-1)
+    options = {"size": 40, "lengths": np.full(3, 120)}
+    by_rho = cj.fitted(rho=3.0, scale=0.5)(RNG, keys, values, **options)
+    norm = 3.0 / (0.5 * radius)
+    by_norm = cj.fitted(query_norm=norm, scale=0.5)(RNG, keys, values, **options)
     chex.assert_trees_all_close(by_rho, by_norm, rtol=1e-4, atol=1e-4)
 
 
@@ -135,13 +137,28 @@ def test_both_ends_are_kept(cache):
             np.testing.assert_array_equal(coreset.log_weights[head][slots], 0)
 
 
-def test_a_head_knows_nothing_of_the_others(cache):
-    keys, values = cache
-    coreset = cj.fitted()(RNG, keys, values, size=12)
-    other = cj.fitted()(RNG, keys.at[1].add(1.0).at[1, 3].mul(2), values, size=12)
+def test_a_head_knows_nothing_of_the_others_and_sickness_stays_in_it(cache, programs):
+    keys, values = (np.array(array) for array in cache)
+    coreset = cj.fitted()(RNG, keys, values, size=40)
+    before = programs()
+    changed = keys.copy()
+    changed[1] += 1
+    changed[1, 3] *= 2
+    other = cj.fitted()(RNG, changed, values, size=40)
+    # A call is one program, and none at equal shapes.
+    assert programs() == before
+    cj.fitted()(RNG, keys[:1], values[:1], size=1)
+    assert programs() == before + 1
     for place in (0, 2):
         np.testing.assert_allclose(coreset.keys[place], other.keys[place], atol=1e-5)
         np.testing.assert_array_equal(coreset.indices[place], other.indices[place])
+    for which in (0, 1):
+        for wrong in (np.nan, np.inf):
+            broken = [keys.copy(), values.copy()]
+            broken[which][1, 7, 2] = wrong
+            sick = np.isnan(cj.fitted()(RNG, *broken, size=40).log_weights)
+            np.testing.assert_array_equal(sick.all(axis=1), [False, True, False])
+            np.testing.assert_array_equal(sick.any(axis=1), sick.all(axis=1))
 
 
 def test_bad_input_is_refused(cache):
@@ -156,12 +173,3 @@ def test_bad_input_is_refused(cache):
         cj.fitted()(RNG, keys, values, size=4, queries=keys[:2])
     with pytest.raises(ValueError, match="lengths"):
         cj.fitted()(RNG, keys, values, size=4, lengths=jnp.array([1, 2]))
-
-
-@pytest.mark.parametrize("wrong", [jnp.nan, jnp.inf])
-def test_what_is_not_finite_says_so(cache, wrong):
-    keys, values = cache
-    for broken in ((keys.at[1, 7, 2].set(wrong), values), (keys, values.at[1, 7, 2].set(wrong))):
-        coreset = cj.fitted()(RNG, *broken, size=12)
-        assert bool(jnp.all(jnp.isnan(coreset.log_weights[1])))
-        assert bool(jnp.all(jnp.isfinite(coreset.log_weights[0])))

@@ -45,7 +45,7 @@ def rotate(
 
 
 def rotate_behind(
-    lengths: Int[Array, " batch"],
+    lengths: Int[Array, " sequences"],
     query: Float[Array, "batch length heads head_dim"],
     key: Float[Array, "batch length kv_heads head_dim"],
     base: float | None,
@@ -59,7 +59,14 @@ def rotate_behind(
       query: queries ``[batch, length, heads, head_dim]``.
       key: keys ``[batch, length, kv_heads, head_dim]``.
       base: as for :func:`rotate`; ``None`` rotates nothing.
+
+    Raises:
+      ValueError: if there are not as many sequences as lengths.
     """
+    if query.shape[0] != lengths.shape[0]:
+        raise ValueError(
+            f"inputs_q must have the cache's batch {lengths.shape[0]}, got {query.shape[0]}."
+        )
     if base is None:
         return query, key
     positions = lengths[:, None] + jnp.arange(query.shape[1])

@@ -68,7 +68,7 @@ def test_values_and_normalizers_are_those_of_nystrom(x64):
     keys, values, queries = rng.standard_normal((3, 90, 6))
     length, size = 71, 24
     coreset = baselines.wildcat(temperature=1.3)(
-        jax.random.key(0), keys, values, size=size, lengths=length
+        jax.random.key(0), keys, values, size=size, lengths=np.array(length)
     )
     keys, values = keys[:length], values[:length]
     scaled = (keys - keys.mean(axis=0)) / 6**0.25 / 1.3

@@ -183,6 +183,12 @@ def test_where_the_radius_comes_from(cache, queries):
     np.testing.assert_allclose(rho(), key_radius, rtol=1e-5)
 
 
+def test_a_traced_radius_that_is_none_says_so(cache):
+    radii = np.array([[1.0, np.nan, -1.0], [np.inf, 0.0, 2.0]], np.float32)
+    none = ~(np.isfinite(radii) & (radii > 0))
+    np.testing.assert_array_equal(np.isnan(standardize(*cache, rho=radii).query_norm), none)
+
+
 def test_half_precision_is_standardized_in_float32(cache):
     for dtype in (jnp.bfloat16, jnp.float16):
         halves = [jnp.asarray(array, dtype) for array in cache]

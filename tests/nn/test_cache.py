@@ -174,8 +174,8 @@ def test_prompts_are_compressed_with_the_same_key_for_every_sequence(
 
 def test_prompts_are_read_a_few_queries_at_a_time(sequences, monkeypatch):
     queries = jnp.asarray(sequences.queries)
-    new = tuple(map(grouped.by_head, sequences[1:]))
-    held = *new, np.zeros((4, 1, new[0].shape[2]), np.float32)
+    new = tuple(grouped.by_head(jnp.asarray(array)) for array in sequences[1:])
+    held = *new, jnp.zeros(new[0].shape[:3])
     at_once = grouped.attend(queries, [held], new, 0.3)
     monkeypatch.setattr(grouped, "_SCORES", 2**17)
     chunked = grouped.attend(queries, [held], new, 0.3)

@@ -23,7 +23,7 @@ def turned(array, positions):
 
 def arrays(*heads):
     rng = np.random.default_rng(0)
-    return [rng.standard_normal((3, 5, count, 8)).astype(np.float32) for count in heads]
+    return [jnp.asarray(rng.standard_normal((3, 5, count, 8)), jnp.float32) for count in heads]
 
 
 def test_features_turn_by_the_angle_of_their_position():

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 Result = TypeVar("Result")
 
@@ -46,36 +47,51 @@ def in_turns(
     return _over(jax.jit(function), (), workspace)
 
 
+class _Axis(NamedTuple):
+    """An axis over which a function is vmapped: its length, and which leaves of arguments have it."""
+
+    length: int
+    leaves: Any
+
+
 def _over(
-    function: Callable[..., Result], leading: tuple[int, ...], workspace: int
+    function: Callable[..., Result], axes: tuple[_Axis, ...], workspace: int
 ) -> Callable[..., Result]:
     @jax.custom_batching.custom_vmap
     def call(*arguments: Any) -> Result:
-        return _loop(function, leading, workspace, arguments)
+        return _loop(function, axes, workspace, arguments)
 
     @call.def_vmap
-    def _(size: int, batched: Any, *arguments: Any) -> Any:
-        def spread(leaf: Any, has_axis: bool) -> Any:
-            return leaf if has_axis else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf)))
-
-        arguments = jax.tree.map(spread, arguments, tuple(batched))
-        found = _over(function, (size, *leading), workspace)(*arguments)
+    def _(length: int, batched: Any, *arguments: Any) -> Any:
+        axis = _Axis(length, tuple(batched))
+        found = _over(function, (axis, *axes), workspace)(*arguments)
         return found, jax.tree.map(lambda _: True, found)
 
     return call
 
 
 def _loop(
-    function: Callable[..., Result], leading: tuple[int, ...], workspace: int, arguments: Any
+    function: Callable[..., Result], axes: tuple[_Axis, ...], workspace: int, arguments: Any
 ) -> Result:
-    total, axes = math.prod(leading), len(leading)
+    leading = tuple(axis.length for axis in axes)
+    total = math.prod(leading)
     most = max(memory_budget() // max(workspace, 1), 1)
     if total <= most:
-        return over_axes(function, axes)(*arguments)
+        for axis in reversed(axes):
+            in_axes = jax.tree.map(lambda has_it: 0 if has_it else None, axis.leaves)
+            function = jax.vmap(function, in_axes=in_axes)
+        return function(*arguments)
     # A divisor: the function is compiled once, and not for what is left over as well.
     at_once = max(each for each in range(1, most + 1) if total % each == 0)
     shape = (total,) if at_once == 1 else (total // at_once, at_once)
     several = function if at_once == 1 else jax.vmap(function)
-    folded = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[axes:]), arguments)
-    found = jax.lax.map(lambda each: several(*each), folded)
+
+    def folded(leaf: Array, *has_axis: bool) -> Array:
+        own = jnp.shape(leaf)[sum(has_axis) :]
+        missing = [place for place, has_it in enumerate(has_axis) if not has_it]
+        spread = jnp.broadcast_to(jnp.expand_dims(leaf, missing), (*leading, *own))
+        return spread.reshape(*shape, *own)
+
+    given = jax.tree.map(folded, arguments, *(axis.leaves for axis in axes))
+    found = jax.lax.map(lambda each: several(*each), given)
     return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[len(shape) :]), found)

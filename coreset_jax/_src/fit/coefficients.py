@@ -119,7 +119,8 @@ def project_onto(
       keep: whether a step follows, which uses the kernel with the source again.
     """
     both = free[:, None] & free[None]
-    kernel = jnp.where(both, gaussian_kernel(centers, centers), identity_like(both))
+    kernel = gaussian_kernel(centers, centers)
+    kernel = jnp.where(both, kernel, identity_like(kernel))
     blocks, width = source.coefficients.shape[:2]
     keep = keep and len(centers) * blocks * width <= MOST_KEPT
 

@@ -158,7 +158,7 @@ def cholesky_pivots(
 
     def extend(factor: _Factor) -> _Factor:
         turns, row = factor.number // len(uniforms), factor.number % len(uniforms)
-        draws = uniforms[row] + turns * _GOLDEN_RATIO
+        draws = uniforms[row] + turns.astype(dtype) * _GOLDEN_RATIO
         draws = jnp.maximum(draws - jnp.floor(draws), jnp.finfo(dtype).tiny)
         # What is left of nothing is -inf, and stays so. The largest scores are a draw without
         # replacement: the noise is Gumbel's.

@@ -219,8 +219,9 @@ def standardize(
     if rho is not None:
         radius = jnp.broadcast_to(jnp.asarray(rho, dtype), unit.shape)
         norm = radius / unit
-        # A cache with a NaN says so elsewhere.
+        # A cache with a NaN says so elsewhere; a radius that is none says so here.
         norm = jnp.where(jnp.isfinite(norm) & (norm > 0), norm, jnp.ones_like(norm))
+        norm = jnp.where(jnp.isfinite(radius) & (radius > 0), norm, jnp.nan)
     elif query_norm is not None:
         norm = jnp.broadcast_to(jnp.asarray(query_norm, dtype), unit.shape)
     else:
