@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from coreset_jax._src.geometry.kernels import gaussian_kernel
-from coreset_jax._src.geometry.solves import identity_like, solve_definite
+from coreset_jax._src.geometry.solves import solve_definite
 from coreset_jax._src.precision import inner_products, matmul
 
 # Pairs of the cache whose kernel with the coreset is held at a time.
@@ -72,7 +72,7 @@ class Fit(NamedTuple):
     """The best coefficients behind some keys.
 
     Attributes:
-      kernel: of these keys with each other ``[m, m]``; the identity for what is not fitted.
+      kernel: of these keys with each other ``[m, m]``; zero for what is not fitted.
       moments: the source as seen from these keys ``[m, c]``.
       coefficients: :math:`Y`, ``[m, c]``.
       seen: the kernel between these keys and those of the source, if it was kept.
@@ -119,8 +119,7 @@ def project_onto(
       keep: whether a step follows, which uses the kernel with the source again.
     """
     both = free[:, None] & free[None]
-    kernel = gaussian_kernel(centers, centers)
-    kernel = jnp.where(both, kernel, identity_like(kernel))
+    kernel = jnp.where(both, gaussian_kernel(centers, centers), 0)
     blocks, width = source.coefficients.shape[:2]
     keep = keep and len(centers) * blocks * width <= MOST_KEPT
 
@@ -133,14 +132,15 @@ def project_onto(
     return Fit(kernel, jnp.where(free[:, None], moments, 0), zeros, seen)
 
 
-def fit_coefficients(fit: Fit) -> Fit:
+def fit_coefficients(fit: Fit, free: Bool[Array, " m"]) -> Fit:
     """The coefficients that explain most of the source."""
-    return fit._replace(coefficients=solve_definite(_ridged(fit.kernel), fit.moments))
+    return fit._replace(coefficients=solve_definite(_definite(fit.kernel, free), fit.moments))
 
 
-def _ridged(kernel: Float[Array, "m m"]) -> Float[Array, "m m"]:
+def _definite(kernel: Float[Array, "m m"], fitted: Bool[Array, " m"]) -> Float[Array, "m m"]:
+    """The kernel, zero but for what is fitted, with a ridge; the identity for the rest."""
     ridge = _ROUNDINGS * jnp.finfo(kernel.dtype).eps * jnp.max(jnp.sum(kernel, axis=-1))
-    return kernel + ridge * identity_like(kernel)
+    return kernel + jnp.diag(jnp.where(fitted, ridge, 1))
 
 
 def fit_with_least_masses(
@@ -169,10 +169,11 @@ def fit_with_least_masses(
         rounds, coefficients, masses, least, held = state
         held = held | (free & (masses < least) & (rounds > 0))
         fitted = free & ~held
-        kernel = jnp.where(fitted[:, None] & fitted[None], fit.kernel, identity_like(fit.kernel))
+        kernel = jnp.where(fitted[:, None] & fitted[None], fit.kernel, 0)
         known = matmul(fit.kernel, jnp.where(held, least, 0))
         missing = fit.moments.at[:, -1].add(-known)
-        solved = solve_definite(_ridged(kernel), jnp.where(fitted[:, None], missing, 0))
+        right = jnp.where(fitted[:, None], missing, 0)
+        solved = solve_definite(_definite(kernel, fitted), right)
         coefficients = jnp.where(rounds == 0, solved, coefficients)
         masses = jnp.where(held, least, solved[:, -1])
         return rounds + 1, coefficients, masses, least_mass(coefficients), held

@@ -88,7 +88,7 @@ def descend(
     """
 
     def advance(number: Array, state: GaussNewtonState) -> GaussNewtonState:
-        fit = fit_coefficients(project_onto(source, state.centers, free, keep=True))
+        fit = fit_coefficients(project_onto(source, state.centers, free, keep=True), free)
         captured = jnp.where(number == 0, fit.captured(coefficients), state.captured)
         step = newton_step(source, state.centers, free, fit)
         velocity = _MOMENTUM * state.velocity + (1 - _MOMENTUM) * step

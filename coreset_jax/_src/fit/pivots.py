@@ -19,7 +19,7 @@ from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.geometry.kernel_geometry import Geometry, fitting_geometry
 from coreset_jax._src.geometry.kernels import gaussian_kernel
-from coreset_jax._src.geometry.solves import identity_like, one_by_one
+from coreset_jax._src.geometry.solves import cholesky_factor, one_by_one
 from coreset_jax._src.precision import matmul
 
 # Pairs that may become pivots, for each that will, and no fewer than so many in all.
@@ -208,12 +208,11 @@ def cholesky_pivots(
 def _divided(corner: Float[Array, "b b"], rows: Float[Array, "b c"]) -> Float[Array, "b c"]:
     """Rows of the factor: :math:`C^{-1} R` for the Cholesky factor :math:`C` of the corner."""
 
-    def invert(corner: Array) -> Array:
-        lower = jnp.linalg.cholesky(corner, symmetrize_input=False)
-        return jax.scipy.linalg.solve_triangular(lower, identity_like(lower), lower=True)
+    def divide(corner: Array, rows: Array) -> Array:
+        lower = cholesky_factor(corner)
+        return jax.lax.linalg.triangular_solve(lower, rows.T, lower=True, transpose_a=True).T
 
-    # A solver would go through all the rows, which on CPU takes longer than the product.
-    return matmul(one_by_one(invert)(corner), rows)
+    return one_by_one(divide)(corner, rows)
 
 
 def candidate_count(count: int, size: int) -> int:
@@ -239,9 +238,12 @@ def select_pivots(
     candidates = candidate_count(count, size)
     block = min(max(_FEWEST_DRAWN, size // _SHARE_DRAWN), candidates)
     # A row for the choice of candidates, and one for each round; padding behind pairs changes none.
+    # Drawn as a vector: a CPU's compiler unrolls short rows, and the generator is long.
+    rows = 1 + _DRAWN_ROUNDS
     uniforms = jax.random.uniform(
-        head.key, (block + count, 1 + _DRAWN_ROUNDS), dtype, minval=jnp.finfo(dtype).tiny
-    ).T
+        head.key, ((block + count) * rows,), dtype, minval=jnp.finfo(dtype).tiny
+    )
+    uniforms = uniforms.reshape(-1, rows).T
     scores = _CANDIDATE_POWER * light
     if candidates < count:
         scores -= jnp.log(-jnp.log(uniforms[0, block:]))

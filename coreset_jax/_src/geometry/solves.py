@@ -63,15 +63,22 @@ def one_by_one(routine: Callable[..., Array]) -> Callable[..., Array]:
     return call
 
 
+def cholesky_factor(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
+    """The lower Cholesky factor; anything above its diagonal, and NaN where there is none.
+
+    The bare routine: what wrappers do beside it takes longer to compile. LAPACK reads matrices
+    column by column, so that everything transposed goes to it and comes from it without a copy.
+    """
+    factor: Array = jax.lax.linalg.cholesky_p.bind(matrix.T)
+    return factor
+
+
 def solve_definite(matrix: Float[Array, "m m"], right: Float[Array, "m c"]) -> Float[Array, "m c"]:
     """The solution for a positive definite matrix by its Cholesky factor; NaN where it has none."""
 
     def solve(matrix: Array, right: Array) -> Array:
-        # The bare routines: what SciPy's copies do beside them takes long to compile.
-        lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-        solved = jax.lax.linalg.triangular_solve(lower, right, left_side=True, lower=True)
-        return jax.lax.linalg.triangular_solve(
-            lower, solved, left_side=True, lower=True, transpose_a=True
-        )
+        lower = cholesky_factor(matrix)
+        solved = jax.lax.linalg.triangular_solve(lower, right.T, lower=True, transpose_a=True)
+        return jax.lax.linalg.triangular_solve(lower, solved, lower=True).T
 
     return one_by_one(solve)(matrix, right)
