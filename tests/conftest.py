@@ -1,5 +1,6 @@
 """The environment that JAX must find when it is first imported, and what all tests share."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -29,6 +30,9 @@ for flag in FLAGS:
 for library in ("MKL", "OMP", "OPENBLAS"):
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
+# Programs need not know which line of Python they come from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
 # JAX names a stored program after its text, the versions, the flags and the machine, so that a
 # stale one is never taken.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
@@ -44,8 +48,26 @@ settings.register_profile("coreset", deadline=None, derandomize=True)
 settings.load_profile("coreset")
 
 
-class _ForgetsPrograms:
-    """Lets compiled programs go before there are too many; the cache on disk has most of them."""
+# Examples of docstrings that compile as long as the slow tests.
+SLOW_EXAMPLES = (
+    "coreset_jax.compression.compress_to_error",
+    "coreset_jax.nn.cache.CoresetCache",
+    "coreset_jax.nn.linen.CoresetAttention",
+    "coreset_jax.streaming.merge_and_reduce",
+)
+
+
+class _EverywhereToo:
+    """What examples in the library's modules need as well.
+
+    Compiled programs are let go before there are too many; the cache on disk has most of them.
+    """
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            if item.name in SLOW_EXAMPLES:
+                item.add_marker(pytest.mark.slow)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self) -> None:
@@ -57,7 +79,9 @@ class _ForgetsPrograms:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers what doctests need as well: hooks of this file would only see its own folder."""
-    config.pluginmanager.register(_ForgetsPrograms())
+    config.pluginmanager.register(_EverywhereToo())
+    # Traces are large graphs that are not garbage: looking through them takes a tenth of the time.
+    gc.set_threshold(200_000, 50, 100)
 
 
 @pytest.hookimpl(optionalhook=True)

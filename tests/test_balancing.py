@@ -106,6 +106,7 @@ def test_half_precision_is_kept_bit_by_bit(compressor, cache):
     check_subset(coreset, *halves, np.full(LEADING, COUNT))
 
 
+@pytest.mark.slow
 def test_double_precision(cache, x64):
     doubles = brute_force.double(*cache)
     lengths = np.resize([COUNT, 17, SIZE, 1], LEADING)
@@ -141,6 +142,7 @@ def test_a_call_is_one_program_and_the_rng_decides(compressor, cache, coreset, p
         np.testing.assert_allclose(nested[0, 0], single, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_every_head_has_its_own_radius(cache):
     radii = np.array([[0.5, 1.0, 2.0, 4.0], [8.0, 1.0, 0.1, 3.0]], np.float32)
     options = {**SMALL, "walk": cj.walks.greedy_pairs, "landmarks": None}
@@ -204,9 +206,8 @@ def test_sizes_of_values_and_keys_beyond_all_squares(compressor, cache, coreset)
     assert np.all(np.isnan(sick)) or np.all(np.isfinite(sick))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("greedy_pairs", marks=pytest.mark.slow), "gram_schmidt"]
-)
+@pytest.mark.parametrize("name", ["greedy_pairs", "gram_schmidt"])
+@pytest.mark.slow
 def test_degenerate_heads_are_halved_like_any_other(name, cache):
     keys, values = (array.copy() for array in cache)
     keys[0, 0], values[0, 1] = 0.1, 0.3

@@ -40,6 +40,7 @@ def worst(result):
     return float(jnp.max(result.certificate.error))
 
 
+@pytest.mark.slow
 def test_certified_and_half_of_it_is_not(heads):
     compressor = uniform()
     whole, half = (certified(compressor, heads, size) for size in (48, 24))

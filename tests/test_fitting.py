@@ -84,6 +84,7 @@ def test_cuts_within_cuts(monkeypatch, cache, queries, ragged):
         np.testing.assert_allclose(together.keys[head], alike.keys[head], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_radius_is_that_of_the_whole_cache(cache):
     """Whatever lies far out at the ends, the pairs between them have the same queries."""
     keys, values = (np.array(array) for array in cache)
@@ -122,6 +123,7 @@ def test_half_the_error_of_the_subset():
         assert miss(fitted, size) < share * miss(cj.baselines.wildcat(), size)
 
 
+@pytest.mark.slow
 def test_both_ends_are_kept(cache):
     keys, values = cache
     for queries in (None, keys[:, :50]):

@@ -110,6 +110,7 @@ def test_ragged_streams_are_streams_of_their_own(pairs):
         np.testing.assert_array_equal(alike.indices[head], coreset.indices[head])
 
 
+@pytest.mark.slow
 def test_merged_streams_stand_for_both(pairs):
     for cut in (10, 64, 137):
         left, right = run(SMALL, *pairs, cut), run(SMALL, *pairs, start=cut)
@@ -172,6 +173,7 @@ def test_repeated_and_constant_pairs(pairs):
     np.testing.assert_allclose(found, values[..., :2, :], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compressor_halves_with_options_of_each_head(pairs):
     def make(skews):
         compressor = compressors.sampled(skew=skews)

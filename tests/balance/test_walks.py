@@ -264,6 +264,7 @@ def subgaussian_vectors(name):
     return vectors
 
 
+@pytest.mark.slow
 def test_gram_schmidt_is_subgaussian_with_constant_one():
     """Banaszczyk's constant: E exp<t, D> <= exp(|t|^2 / 2), and E x is where the walk began."""
     rngs = jax.random.split(jax.random.key(2), SUBGAUSSIAN_RUNS)
@@ -317,6 +318,7 @@ def test_balanced_rounding_is_unbiased_and_keeps_the_sum():
         assert np.max(np.abs(signs.mean(axis=0) - start)[alive] / errors[alive]) < 4.5
 
 
+@pytest.mark.slow
 def test_gram_schmidt_downdates_stay_stable_in_float32():
     """256 vectors in 8 dimensions: the inverse is all but singular, and downdated to nothing."""
     vectors = unit_vectors(11, 256, 8)

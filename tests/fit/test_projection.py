@@ -118,6 +118,7 @@ def test_never_worse_in_the_kernel_of_the_fit(name):
     assert worse <= 10
 
 
+@pytest.mark.slow
 def test_worst_error_is_a_fraction_of_that_of_the_subset():
     pairs = np.random.default_rng(1).standard_normal((2, 4096, 16)).astype(np.float32)
     keys, values = pairs / np.linalg.norm(pairs, axis=-1, keepdims=True)

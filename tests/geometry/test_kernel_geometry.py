@@ -88,6 +88,7 @@ def test_moments_are_summed_in_blocks(pairs, monkeypatch):
         np.testing.assert_allclose(found, kernel @ values, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_key_far_out_spoils_nothing_else(pairs):
     """Queries that do not look its way are answered as if it were not there."""
     factors = np.float32([10.0, 1e3, 1e6])

@@ -65,6 +65,7 @@ def disc(radius, *, radii=100, angles=360):
     return np.pad(plane, [(0, 0), (0, WIDTH - 2)])
 
 
+@pytest.mark.slow
 def test_reaches_the_supremum_of_a_fine_grid_in_the_plane():
     found = instance(0, width=2)
     rho = np.array([[0.5, 2.0, 6.0], [20.0, 2.0, 6.0]])

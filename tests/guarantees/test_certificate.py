@@ -126,7 +126,14 @@ def shares64(keys, vectors, masses, rho, degrees):
     return np.array(numerator), np.array(denominator)
 
 
-@pytest.mark.parametrize(("degrees", "has_signs"), [(4, False), (4, True), (3, False)])
+@pytest.mark.parametrize(
+    ("degrees", "has_signs"),
+    [
+        pytest.param(4, False, marks=pytest.mark.slow),
+        (4, True),
+        pytest.param(3, False, marks=pytest.mark.slow),
+    ],
+)
 def test_no_share_is_below_its_value_in_float64(degrees, has_signs):
     keys, values, coreset = instance(0)
     coreset = signed(coreset, 0) if has_signs else coreset
@@ -153,6 +160,7 @@ def test_no_share_is_below_its_value_in_float64(degrees, has_signs):
         np.testing.assert_allclose(shares[1], denominator, rtol=0.15, atol=noise)
 
 
+@pytest.mark.slow
 def test_wide_keys_sum_degree_two_over_pairs():
     rng = np.random.default_rng(0)
     keys, values = (jnp.asarray(rng.normal(size=(COUNT, width)), jnp.float32) for width in (68, 4))
@@ -168,6 +176,7 @@ def test_wide_keys_sum_degree_two_over_pairs():
     assert exact <= promised.denominator[2] <= 1.02 * exact
 
 
+@pytest.mark.slow
 def test_double_precision_promises_no_more():
     single = bound(*instance(3), rho=RADII)
     with jax.enable_x64(True):
@@ -292,6 +301,7 @@ def test_equal_shapes_trace_once():
     assert _certificate._cache_size() == traced
 
 
+@pytest.mark.slow
 def test_sharded_heads_in_half_precision_give_what_whole_ones_in_single_precision_give():
     keys, values, coreset = instance(11)
     coreset = coreset._replace(log_weights=jnp.where(coreset.indices < 0, -jnp.inf, 0))

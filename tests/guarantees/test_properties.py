@@ -171,7 +171,7 @@ def check_instances(name, seed, changed):
     return HEADS
 
 
-@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("changed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_no_search_finds_more_than_is_promised(changed):
     check_instances("uniform", int(changed), changed)
 

@@ -72,6 +72,7 @@ def test_zeros_are_an_empty_cache(sequences, empty_cache):
         assert np.all(np.isfinite(each.attend(*sequences.cut(0, 1))))
 
 
+@pytest.mark.slow
 def test_vmap_over_layers(sequences, empty_cache):
     """Each layer is read as if alone, in a scan over steps."""
     layers = [sequences, sequences._replace(keys=sequences.keys[:, ::-1])]
@@ -146,6 +147,7 @@ def test_half_precision_is_kept(sequences, empty_cache):
     np.testing.assert_array_equal(pairs.keys[2, 1, 7], halves.keys[2, place, 1])
 
 
+@pytest.mark.slow
 def test_double_precision_mode_changes_no_dtype(sequences, empty_cache, x64):
     cache = empty_cache()
     _, extended = jax.eval_shape(CoresetCache.read_and_extend, cache, *sequences)

@@ -140,6 +140,7 @@ def test_init_makes_an_empty_cache_and_leaves_it_empty(inputs):
     assert np.any(other.rng != cache.rng)
 
 
+@pytest.mark.slow
 def test_many_steps_keep_shapes_and_lengths(inputs):
     module = ours(decode=True, window=12)
     variables = plain().init(jax.random.key(1), inputs)

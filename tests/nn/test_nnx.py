@@ -73,6 +73,7 @@ def test_decodes_and_learns_like_the_plain_module(inputs, options):
     np.testing.assert_allclose(decode(ours, inputs), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rotary_positions_are_those_of_the_sequence(inputs):
     plain, ours = pair(rope_base=100.0, num_kv_heads=2)
     places = jnp.arange(LENGTH)[None]

@@ -48,7 +48,7 @@ def in_turns(
 
 
 class _Axis(NamedTuple):
-    """An axis over which a function is vmapped: its length, and which leaves of arguments have it."""
+    """An axis that a function is vmapped over: its length, and the leaves of arguments with it."""
 
     length: int
     leaves: Any

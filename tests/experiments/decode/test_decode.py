@@ -107,6 +107,7 @@ def test_job_and_its_resumption(tmp_path: pathlib.Path, monkeypatch):
     assert again.getvalue() == printed.getvalue()
 
 
+@pytest.mark.slow
 def test_piece_after_piece_grows_the_cache(model, prompt):
     caches = decoding.prefilled(prompt, small("fitted"), 0)
     tokens = jnp.asarray(TOKENS[:, 80:90], jnp.int32)

@@ -121,7 +121,10 @@ class TestModel:
         key, value = (jax.random.normal(each, (2, length, 2, 16)) for each in keys[1:])
         expected = jax.nn.dot_product_attention(queries, key, value, is_causal=True)
         np.testing.assert_allclose(
-            attention.causal_attention(queries, key, value), expected, rtol=2e-5, atol=2e-5
+            jax.jit(attention.causal_attention)(queries, key, value),
+            expected,
+            rtol=2e-5,
+            atol=2e-5,
         )
 
     def test_rope_scores_depend_on_distance_alone(self) -> None:
@@ -179,6 +182,7 @@ class TestModel:
         tail, _ = small.embed(tokens[:, 12:], previous=tokens[:, 10:12])
         np.testing.assert_array_equal(whole[:, 12:], tail)
 
+    @pytest.mark.slow
     def test_byte_costs_are_those_of_the_logits(self, small: lm.Decoder) -> None:
         tokens = np.random.default_rng(4).integers(0, 256, (2, 30))
         probabilities = np.asarray(jax.nn.softmax(small(tokens)), np.float64)
@@ -303,6 +307,7 @@ class TestShippedCheckpoint:
         assert metadata["bytes_read"] == str(read)
         assert float(metadata["heldout_bits_per_byte"]) < 1.7
 
+    @pytest.mark.slow
     def test_heldout_text(self, shipped: lm.Decoder) -> None:
         sample = text.windows(text.stream("heldout"), 8, 2048)
         assert lm.bits_per_byte(shipped, sample) < 1.7
