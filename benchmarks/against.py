@@ -116,7 +116,8 @@ def print_times(here: Any, other: Any) -> None:
 def print_errors(here: Any, other: Any) -> None:
     """The table of errors on the shipped model's caches."""
     from experiments.leaderboard import texts as passages
-    from experiments.leaderboard.work import read_texts, relative_errors
+    from experiments.common.metrics import relative_error
+    from experiments.leaderboard.work import read_texts
     from experiments.model import lm
 
     model, _ = lm.load(None)
@@ -139,7 +140,8 @@ def print_errors(here: Any, other: Any) -> None:
                             queries=texts.fitting[0] if asks else None,
                         )
                         plain = here.Coreset(*coreset[:4])
-                        errors.append(relative_errors(texts.asked[0], texts.exact[0], plain))
+                        each = relative_error(texts.asked[0], texts.exact[0], plain)
+                        errors.append([each.mean(axis=-1), np.quantile(each, 0.99, axis=-1)])
                     logs = np.log(np.asarray(errors))
                     found.append(np.exp(logs.mean(axis=(0, 2, 3))))
                 share = found[0] / found[1]
