@@ -115,8 +115,8 @@ def print_times(here: Any, other: Any) -> None:
 
 def print_errors(here: Any, other: Any) -> None:
     """The table of errors on the shipped model's caches."""
-    from experiments.leaderboard import texts as passages
     from experiments.common.metrics import relative_error
+    from experiments.leaderboard import texts as passages
     from experiments.leaderboard.work import read_texts
     from experiments.model import lm
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 
 from coreset_jax._src import checks
 from coreset_jax._src.core.compressor import Wrapper
-from coreset_jax._src.core.coreset import Coreset, SignedCoreset, concatenated, emptied
+from coreset_jax._src.core.coreset import AnyCoreset, Coreset, SignedCoreset, concatenated, emptied
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 
@@ -97,11 +97,17 @@ class chunked(Wrapper):  # noqa: N801
         )
         # A head of fewer pairs than chunks leaves some of them empty.
         absent = (coresets.indices < 0) | (lengths == 0)[:, None]
-        coresets = coresets._replace(indices=coresets.indices + starts[:, None])
+        coresets = _shifted(coresets, starts[:, None])
         if head.ragged or not self.compressor.fills_slots:
             coresets = emptied(coresets, absent)
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), coresets)
         return concatenated([flat], size), info.of_parts()
+
+
+def _shifted(coreset: AnyCoreset, places: Array | int) -> AnyCoreset:
+    """The coreset of a part as one of the whole; where slots divide unevenly, some are empty."""
+    indices = coreset.indices
+    return coreset._replace(indices=jnp.where(indices < 0, -1, indices + places))
 
 
 def end_counts(size: int, sinks: int, recent_fraction: float) -> tuple[int, int]:
@@ -171,10 +177,10 @@ class keep_ends(Wrapper):  # noqa: N801
             length=jnp.maximum(head.length - sinks - recent, 1),
         )
         middle, info = self.compressor.on_head(between, size - sinks - recent)
-        middle = middle._replace(indices=middle.indices + sinks)
+        middle = _shifted(middle, sinks)
         if head.ragged or not self.compressor.fills_slots:
             # A short head has nothing between its ends, and what was taken for it is one of them.
-            absent = (middle.indices < sinks) | (head.length <= sinks + recent)
+            absent = (middle.indices < 0) | (head.length <= sinks + recent)
             middle = emptied(middle, absent)
 
         def end(places: Int[Array, " r"], valid: Array) -> Any:

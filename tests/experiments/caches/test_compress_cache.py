@@ -136,7 +136,8 @@ class TestJob:
         again = cj.compress(jax.random.key(0), keys, values, size=length // 8)
         np.testing.assert_array_equal(coreset.indices, again.indices)
         np.testing.assert_allclose(coreset.keys, again.keys, atol=1e-3)
-        np.testing.assert_allclose(jnp.exp(coreset.log_weights).sum(axis=-1), 512, rtol=1e-5)
+        # As fitted, and not scaled to it.
+        np.testing.assert_allclose(jnp.exp(coreset.log_weights).sum(axis=-1), 512, rtol=0.1)
         assert source == cache_file.Source(
             text_name=text.DEMO_PATH,
             text_sha256=cache_file.sha256(text.demo_text(512).tobytes()),
