@@ -1,6 +1,6 @@
 """This checkout beside another one: first call, programs, time when compiled, errors.
 
-    git worktree add ../other c9ff042
+    git worktree add ../other COMMIT
     python -m benchmarks.against --other=../other
     python -m benchmarks.against --other=../other --what=first   # or time, or errors
 
@@ -27,6 +27,11 @@ from experiments.common.tables import print_table
 
 _OTHER = flags.DEFINE_string("other", None, "folder of the other checkout", required=True)
 _WHAT = flags.DEFINE_list("what", "first,time,errors", "which tables")
+flags.register_validator(
+    "what",
+    lambda tables: {"first", "time", "errors"}.issuperset(tables),
+    "must be some of first, time and errors",
+)
 _TURNS = flags.DEFINE_integer("turns", 5, "turns, of both checkouts each", lower_bound=1)
 _RATIOS = flags.DEFINE_list("ratios", "4,8,16", "pairs over pairs kept, for errors")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "draws, for errors", lower_bound=1)
@@ -83,12 +88,12 @@ def load(checkout: pathlib.Path) -> Any:
 
 def print_first(other: pathlib.Path) -> None:
     """The table of first calls."""
-    rows = []
+    rows, least = [], []
     for name, checkout in (("this", HERE), ("other", other)):
         calls = [first_call(checkout) for _ in range(_TURNS.value)]
-        rows.append([name, f"{min(call[0] for call in calls):.1f}", str(calls[0][1])])
-    share = float(rows[0][1]) / float(rows[1][1])
-    rows.append(["this / other", f"{share:.2f}", ""])
+        least.append(min(call[0] for call in calls))
+        rows.append([name, f"{least[-1]:.1f}", str(calls[0][1])])
+    rows.append(["this / other", f"{least[0] / least[1]:.2f}", ""])
     print_table("First call, [2, 4096, 32] to 1024", ["", "CPU seconds", "programs"], rows)
 
 

@@ -66,6 +66,11 @@ class chunked(Wrapper):  # noqa: N801
         """Raises ``ValueError`` on bad static options."""
         self.static_count("chunk_size")
 
+    def fills(self, size: int) -> bool:
+        """Whether slots divide evenly among chunks that have none empty."""
+        chunks = chunk_count(size, self.chunk_size)
+        return size % chunks == 0 and self.compressor.fills(size // chunks)
+
     def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
         """Compresses the chunks and puts them together."""
         chunks = chunk_count(size, self.chunk_size)
@@ -78,7 +83,8 @@ class chunked(Wrapper):  # noqa: N801
         # In this order the product stays below 2^31.
         stops = edges * (head.length // chunks) + edges * (head.length % chunks) // chunks
         starts, lengths = stops[:-1], jnp.diff(stops)
-        places = jnp.minimum(starts[:, None] + jnp.arange(width)[None], head.count - 1)
+        offsets = jnp.arange(width, dtype=jnp.int32)
+        places = jnp.minimum(starts[:, None] + offsets[None], head.count - 1)
 
         def cut(array: Array) -> Array:
             return array.reshape(chunks, width, -1) if even else array[places]
@@ -98,7 +104,7 @@ class chunked(Wrapper):  # noqa: N801
         # A head of fewer pairs than chunks leaves some of them empty.
         absent = (coresets.indices < 0) | (lengths == 0)[:, None]
         coresets = _shifted(coresets, starts[:, None])
-        if head.ragged or not self.compressor.fills_slots:
+        if head.ragged:
             coresets = emptied(coresets, absent)
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), coresets)
         return concatenated([flat], size), info.of_parts()
@@ -167,6 +173,11 @@ class keep_ends(Wrapper):  # noqa: N801
         fraction = checks.static_part("recent_fraction", self.recent_fraction)
         object.__setattr__(self, "recent_fraction", fraction)
 
+    def fills(self, size: int) -> bool:
+        """Whether no slot between the ends is empty."""
+        sinks, recent = end_counts(size, self.sinks, self.recent_fraction)
+        return self.compressor.fills(size - sinks - recent)
+
     def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
         """Compresses what lies between the ends, and puts them on either side of it."""
         sinks, recent = end_counts(size, self.sinks, self.recent_fraction)
@@ -178,7 +189,7 @@ class keep_ends(Wrapper):  # noqa: N801
         )
         middle, info = self.compressor.on_head(between, size - sinks - recent)
         middle = _shifted(middle, sinks)
-        if head.ragged or not self.compressor.fills_slots:
+        if head.ragged:
             # A short head has nothing between its ends, and what was taken for it is one of them.
             absent = (middle.indices < 0) | (head.length <= sinks + recent)
             middle = emptied(middle, absent)
@@ -191,6 +202,7 @@ class keep_ends(Wrapper):  # noqa: N801
                 return SignedCoreset(*pairs, jnp.exp(pairs.log_weights))
             return pairs
 
-        first, last = jnp.arange(sinks), head.length - recent + jnp.arange(recent)
+        first = jnp.arange(sinks, dtype=jnp.int32)
+        last = head.length - recent + jnp.arange(recent, dtype=jnp.int32)
         ends = end(first, first < head.length), end(last, last >= sinks)
         return concatenated([ends[0], middle, ends[1]], size), info

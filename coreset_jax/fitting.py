@@ -86,7 +86,7 @@ class _move_pivots(refit.move_keys):  # noqa: N801
             head,
             coreset,
             info,
-            None,
+            self.kernel_radius,
             steps=self.newton_steps,
             alone=coreset.log_weights == 0,
             last_fit=self.last_fit,
@@ -99,13 +99,20 @@ class _fitted_together(Compressor):  # noqa: N801
     newton_steps: int = 3
     composite = True
 
+    def fills(self, size: int) -> bool:
+        return self._stages(size).fills(size)
+
     def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
+        return self._stages(size).on_head(head, size)
+
+    def _stages(self, size: int) -> Compressor:
         steps = self.newton_steps
+        selected: Compressor = pivoted()
         if chunk_count(size, _MOVED_TOGETHER) == 1:
-            return _move_pivots(pivoted(), newton_steps=steps).on_head(head, size)
-        moved = _move_pivots(pivoted(), newton_steps=steps, last_fit=False)
-        parts = chunked(moved, chunk_size=_MOVED_TOGETHER)
-        return _move_pivots(parts, newton_steps=0).on_head(head, size)
+            return _move_pivots(selected, newton_steps=steps)
+        if steps:
+            selected = _move_pivots(selected, newton_steps=steps, last_fit=False)
+        return _move_pivots(chunked(selected, chunk_size=_MOVED_TOGETHER), newton_steps=0)
 
 
 class fitted(Compressor):  # noqa: N801
@@ -177,6 +184,10 @@ class fitted(Compressor):  # noqa: N801
     def reads_queries(self) -> bool:
         """Weights and values are matched to them."""
         return True
+
+    def fills(self, size: int) -> bool:
+        """Whether slots divide evenly among the chunks, with sample queries and without."""
+        return all(self._stages(matched).fills(size) for matched in (False, True))
 
     def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
         """Select, move, fit and match between the ends."""

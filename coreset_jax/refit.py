@@ -25,7 +25,7 @@ from typing import Any
 
 from jax.typing import ArrayLike
 
-from coreset_jax._src.core.compressor import QueryBall, Wrapper, leaf
+from coreset_jax._src.core.compressor import Wrapper, leaf
 from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
@@ -56,15 +56,6 @@ class _Refit(Wrapper):
                 "compressor must return positive weights to be refitted, and no normalizers; "
                 f"got {self.compressor!r}."
             )
-
-    @property
-    def query_ball(self) -> QueryBall:
-        """Which queries it is made for."""
-        inner = self.compressor.query_ball
-        scale = inner.scale if self.scale is None else self.scale
-        if self.rho is None and self.query_norm is None:
-            return inner._replace(scale=scale)
-        return QueryBall(self.rho, self.query_norm, scale)
 
     @property
     def keeps_pairs(self) -> bool:  # type: ignore[override]

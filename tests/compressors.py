@@ -25,7 +25,7 @@ class newest(Compressor):  # noqa: N801
     """The last pairs, with weight one."""
 
     def compress_head(self, head, size):
-        places = jnp.maximum(head.length - size, 0) + jnp.arange(size)
+        places = jnp.maximum(head.length - size, 0) + jnp.arange(size, dtype=jnp.int32)
         places = jnp.where(places < head.length, places, head.count)
         return head.pairs(places, jnp.zeros(size, head.dtype)), Info()
 

@@ -29,7 +29,8 @@ class doubled(cj.Compressor):  # noqa: N801
 class sparse(cj.Compressor):  # noqa: N801
     """Leaves every other slot empty."""
 
-    fills_slots = False
+    def fills(self, size):
+        return False
 
     def compress_head(self, head, size):
         places = jnp.where(jnp.arange(size) % 2 == 0, jnp.arange(size), -1)
@@ -136,6 +137,26 @@ def test_signed_and_sparse_coresets_go_along(cache, wrap):
             ends = 5 if wrap is cj.keep_ends else 0
             assert len(held) >= min((16 - ends) // 2 + ends, (length + 1) // 2)
             assert len(held) < 16
+
+
+def test_slots_that_do_not_divide_among_chunks_are_empty_and_last(cache):
+    """Of ten slots between the ends, five a chunk, of which two parts take two each."""
+    nested = cj.chunked(cj.chunked(newest(), chunk_size=3), chunk_size=5)
+    compressor = cj.keep_ends(nested, sinks=1, recent_fraction=0.2)
+    assert not compressor.fills(13)
+    assert cj.keep_ends(cj.chunked(newest(), chunk_size=5), sinks=1, recent_fraction=0.2).fills(13)
+    coreset = compressor(RNG, *cache, size=13)
+    for _, held, weights in held_pairs(coreset, *cache):
+        assert len(held) == 11
+        assert (held[0], list(held[-2:])) == (0, [COUNT - 2, COUNT - 1])
+        np.testing.assert_array_equal(weights, 1)
+
+
+def test_double_precision_changes_no_dtype_of_places(cache, x64):
+    with jax.numpy_dtype_promotion("strict"):
+        for lengths in (None, LENGTHS):
+            coreset = cj.keep_ends(newest())(RNG, *cache, size=16, lengths=lengths)
+            assert coreset.indices.dtype == np.int32
 
 
 @pytest.mark.parametrize("size", [1, 8, 20, 63])

@@ -163,6 +163,21 @@ def test_a_head_knows_nothing_of_the_others_and_sickness_stays_in_it(cache, prog
             np.testing.assert_array_equal(sick.any(axis=1), sick.all(axis=1))
 
 
+def test_without_steps_pivots_are_fitted_where_they_are(monkeypatch, cache):
+    monkeypatch.setattr(fitting, "_MOVED_TOGETHER", 16)
+    keys, values = (np.asarray(array) for array in cache)
+    coreset = cj.fitted(newton_steps=0, sinks=0, recent_fraction=0.0)(RNG, keys, values, size=40)
+    for head, indices in enumerate(np.asarray(coreset.indices)):
+        assert len(set(indices)) == 40
+        np.testing.assert_allclose(coreset.keys[head], keys[head, indices], atol=1e-5)
+
+
+def test_sizes_of_which_chunks_leave_slots_empty_say_so():
+    assert cj.fitted().fills(1024)
+    # Between the ends 32 chunks of 257, and each of those two parts of 128.
+    assert not cj.fitted().fills(9403)
+
+
 def test_bad_input_is_refused(cache):
     keys, values = cache
     with pytest.raises(ValueError, match="newton_steps"):

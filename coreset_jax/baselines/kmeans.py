@@ -185,11 +185,14 @@ class kmeans(Compressor):  # noqa: N801
 
     iterations: int = 10
     keeps_pairs = False
-    fills_slots = False
 
     def validate(self) -> None:
         """Raises ``ValueError`` on bad static options."""
         self.static_count("iterations", 0)
+
+    def fills(self, size: int) -> bool:
+        """Where keys repeat there may be fewer clusters."""
+        return False
 
     def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
         """Clusters the keys."""

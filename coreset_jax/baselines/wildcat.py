@@ -117,7 +117,7 @@ def pivots(
     bins: int,
     temperature: float,
 ) -> Pivots:
-    """Pivots of one head and what stands behind them, as a pure function of the random numbers.
+    """Pivots of one head with fitted values and normalizers, from the random numbers given.
 
     Args:
       keys: keys ``[n, d]``, float32 or wider, zero in padding.
@@ -167,7 +167,7 @@ def pivots(
 
 
 class wildcat(Compressor):  # noqa: N801
-    r"""WildCat: randomly pivoted Cholesky for the keys, Nyström for what stands behind them.
+    r"""WildCat: keys by randomly pivoted Cholesky, values and normalizers by Nyström.
 
     Keys are centered, :math:`z = \sqrt{\mathrm{scale}}\,(k - \bar k)/\tau`, and the kernel is
     :math:`G_{ij} = e^{-\|z_i - z_j\|^2/2}`. Pivots :math:`S` are drawn one after another,

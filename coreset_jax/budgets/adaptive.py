@@ -9,10 +9,11 @@ from jaxtyping import Array, Float
 
 from coreset_jax._src.core.compressor import leaf
 from coreset_jax._src.core.coreset import Coreset
-from coreset_jax._src.core.driver import Cache
+from coreset_jax._src.core.driver import Cache, for_each_head
 from coreset_jax._src.core.head import Head
+from coreset_jax._src.core.turns import in_turns
 from coreset_jax._src.queries.scores import WEIGHTS, mean_attention
-from coreset_jax.budgets.shared import Shared, over_heads
+from coreset_jax.budgets.shared import Shared
 
 
 def _scores(head: Head) -> Float[Array, " n"]:
@@ -94,7 +95,8 @@ class adaptive(Shared):  # noqa: N801
         del smallest
         axes, count = self.axes_of(cache.keys.shape[:-2]), cache.keys.shape[-2]
         samples = 0 if cache.queries is None else cache.queries.shape[-2]
-        scores = over_heads(_scores, cache, self.query_ball, min(samples * count, WEIGHTS))
+        one_head = in_turns(_scores, min(samples * count, WEIGHTS))
+        scores = for_each_head(one_head, cache, self.query_ball)
         last = tuple(range(-len(axes) - 1, -1))
         moved = jnp.moveaxis(scores, axes, last)
         heads = math.prod(moved.shape[axis] for axis in last)

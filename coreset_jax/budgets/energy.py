@@ -8,12 +8,13 @@ from jaxtyping import Array, Float
 
 from coreset_jax._src.core.compressor import leaf
 from coreset_jax._src.core.coreset import Coreset, SignedCoreset, normalizers
-from coreset_jax._src.core.driver import Cache
+from coreset_jax._src.core.driver import Cache, for_each_head
 from coreset_jax._src.core.head import Head
+from coreset_jax._src.core.turns import in_turns
 from coreset_jax._src.geometry.kernel_geometry import balancing_geometry
 from coreset_jax._src.geometry.kernels import exponential_kernel
 from coreset_jax._src.precision import matmul
-from coreset_jax.budgets.shared import Shared, over_heads
+from coreset_jax.budgets.shared import Shared
 
 
 def energy(head: Head, coreset: Coreset | SignedCoreset, *, probes: int) -> Float[Array, ""]:
@@ -136,5 +137,5 @@ class by_energy(Shared):  # noqa: N801
         del size
         measure = functools.partial(energy, probes=self.probes)
         workspace = self.probes * cache.keys.shape[-2]
-        found = over_heads(measure, cache, self.query_ball, workspace, smallest)
+        found = for_each_head(in_turns(measure, workspace), cache, self.query_ball, smallest)
         return found ** (0.5 / (1 + self.order))

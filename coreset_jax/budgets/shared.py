@@ -1,19 +1,17 @@
 """What all budgets share: the compressor inside runs over all heads, at several sizes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coreset_jax._src.core.compressor import QueryBall, Wrapper
+from coreset_jax._src.core.compressor import Wrapper
 from coreset_jax._src.core.coreset import Coreset, padded
 from coreset_jax._src.core.driver import Cache
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
-from coreset_jax._src.core.turns import in_turns, over_axes
-from coreset_jax._src.precision import accumulation_dtype
 from coreset_jax.budgets.split import check_axes, grid, resolve_axes, split
 
 
@@ -99,15 +97,6 @@ class Shared(Budget):
         """
         raise NotImplementedError
 
-    @property
-    def query_ball(self) -> QueryBall:
-        """Which queries shares are measured for."""
-        inner = self.compressor.query_ball
-        scale = inner.scale if self.scale is None else self.scale
-        if self.rho is None and self.query_norm is None:
-            return inner._replace(scale=scale)
-        return QueryBall(self.rho, self.query_norm, scale)
-
     def on_heads(self, cache: Cache, size: int) -> tuple[Coreset, Info]:
         """Compresses all heads at every size, and takes for each head what it may have."""
         sizes = self.sizes(cache.keys.shape, size)
@@ -117,31 +106,6 @@ class Shared(Budget):
         shares = self.shares(cache, size, found[0][0])
         axes = self.axes_of(cache.keys.shape[:-2])
         return select(split(shares, cache.counts, axes, sizes=sizes, size=size), found)
-
-
-def over_heads(
-    function: Callable[..., Array], cache: Cache, ball: QueryBall, workspace: int, *more: Any
-) -> Array:
-    """What a function of a head returns for all of them.
-
-    Args:
-      function: a pure function of a :class:`Head` and further arguments.
-      cache: all heads.
-      ball: the radius of queries and the softmax scale, one number or one a head.
-      workspace: numbers that its intermediate results take.
-      *more: further arguments ``[..., ...]``.
-    """
-    keys, values = cache.keys, cache.values
-    zeros = jnp.zeros_like(keys[..., 0, 0], accumulation_dtype(keys, values))
-    balls = jax.tree.map(lambda each: zeros + jnp.asarray(each, zeros.dtype), ball)
-
-    def one_head(ball: QueryBall, number: Array, pairs: tuple[Any, ...], *more: Any) -> Array:
-        ragged = cache.lengths is not None
-        head = Head.prepare(cache.rng, number, *pairs, ragged=ragged, **ball._asdict())
-        return in_turns(function, workspace)(head, *more)
-
-    pairs = keys, values, cache.counts, cache.queries
-    return over_axes(one_head, keys.ndim - 2)(balls, cache.numbers, pairs, *more)
 
 
 def alike(found: Sequence[tuple[Coreset, Info]], slots: int) -> list[tuple[Coreset, Info]]:

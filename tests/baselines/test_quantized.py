@@ -86,7 +86,7 @@ def test_traits_are_those_of_the_inner_compressor():
         cj.fitted(query_norm=2.0),
     ):
         quantized = baselines.quantized(inner)
-        for name in ("needs_queries", "reads_queries", "signed", "fills_slots", "query_ball"):
+        for name in ("needs_queries", "reads_queries", "signed", "query_ball"):
             assert getattr(quantized, name) == getattr(inner, name)
         assert not quantized.keeps_pairs
     with pytest.raises(ValueError, match="compressor must return positive weights"):

@@ -204,7 +204,9 @@ def test_a_compressor_of_five_lines_does_everything(cache):
     lengths = np.array([COUNT, 12, 3])
     coreset = keeps_first()(RNG, *cache, size=SIZE, lengths=lengths)
     held = np.arange(SIZE) < lengths[:, None]
-    # It does not know of lengths: where a head is shorter, the driver hands it zeros.
+    # It does not know of lengths: where a head is shorter, what it asks for is an empty slot.
+    np.testing.assert_array_equal(coreset.indices, np.where(held, np.arange(SIZE), -1))
+    np.testing.assert_array_equal(coreset.log_weights, np.where(held, 0, -np.inf))
     np.testing.assert_array_equal(coreset.keys[held], cache[0][:, :SIZE][held])
     broken = cache.copy()
     broken[0, 1, COUNT - 1] = np.nan
@@ -228,7 +230,6 @@ def test_traits_go_through_wrappers():
         "needs_queries",
         "keeps_pairs",
         "signed",
-        "fills_slots",
         "of_products",
         "reads_queries",
     )
@@ -236,12 +237,12 @@ def test_traits_go_through_wrappers():
     def traits(compressor):
         return {name for name in names if getattr(compressor, name)}
 
-    assert traits(sampled()) == {"keeps_pairs", "fills_slots"}
-    assert traits(asking()) == {"keeps_pairs", "fills_slots", "needs_queries", "reads_queries"}
-    assert traits(weighing()) == {"keeps_pairs", "fills_slots", "reads_queries"}
+    assert traits(sampled()) == {"keeps_pairs"}
+    assert traits(asking()) == {"keeps_pairs", "needs_queries", "reads_queries"}
+    assert traits(weighing()) == {"keeps_pairs", "reads_queries"}
     # A radius that is known needs no samples.
     for known in ({"rho": 1.0}, {"query_norm": 1.0}, {"query_norm": np.ones(3)}):
-        assert traits(weighing(**known)) == {"keeps_pairs", "fills_slots"}
+        assert traits(weighing(**known)) == {"keeps_pairs"}
     for wrap in (cj.chunked, cj.keep_ends):
         for inner in (sampled(), asking(), weighing(), signed(), weighing(rho=np.ones(3))):
             assert traits(wrap(inner)) == traits(inner)

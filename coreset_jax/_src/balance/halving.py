@@ -26,9 +26,9 @@ class Level(NamedTuple):
     """The pairs that are left after some halvings.
 
     Attributes:
-      indices: their places in the source ``[n]``, of which the first ``left`` are meant.
+      indices: their places in the source ``[n]``; entries from ``left`` on are unused.
       doubled: which of them carry twice the weight of the others ``[n]``.
-      left: how many there are, a scalar.
+      left: number of valid entries, a scalar.
       field: the error of the level against the source, in units of a pair's weight.
     """
 

@@ -66,7 +66,6 @@ class Compressor:
       needs_queries: whether it cannot do without sample queries.
       keeps_pairs: whether what it keeps are pairs of the source, bit by bit.
       signed: whether it returns a :class:`~coreset_jax.baselines.SignedCoreset`.
-      fills_slots: whether no slot is empty where a head has as many pairs.
       composite: whether it only puts other compressors together, each of which goes through heads
         and chunks in turns of its own.
       of_products: whether most of its work is large matrix products, and not many small steps.
@@ -78,7 +77,6 @@ class Compressor:
     needs_queries: ClassVar[bool] = False
     keeps_pairs: ClassVar[bool] = True
     signed: ClassVar[bool] = False
-    fills_slots: ClassVar[bool] = True
     composite: ClassVar[bool] = False
     of_products: ClassVar[bool] = False
 
@@ -131,6 +129,10 @@ class Compressor:
           size: slots, static.
         """
         raise NotImplementedError
+
+    def fills(self, size: int) -> bool:
+        """Whether none of ``size`` slots is empty in heads of as many pairs."""
+        return True
 
     def on_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
         """The coreset of one head, which is the head itself where ``size`` is enough for it."""
@@ -284,7 +286,7 @@ class Compressor:
 class Wrapper(Compressor):
     """A compressor that does something before or after another one.
 
-    Queries have the radius and the scale that the inner one was given.
+    Queries have the radius and the scale that the inner one was given, unless it has its own.
 
     Attributes:
       compressor: the inner compressor.
@@ -300,8 +302,12 @@ class Wrapper(Compressor):
 
     @property
     def query_ball(self) -> QueryBall:
-        """Which queries the inner compressor is made for."""
-        return self.compressor.query_ball
+        """Which queries it is made for."""
+        inner = self.compressor.query_ball
+        scale = inner.scale if self.scale is None else self.scale
+        if self.rho is None and self.query_norm is None:
+            return inner._replace(scale=scale)
+        return QueryBall(self.rho, self.query_norm, scale)
 
     @property
     def needs_queries(self) -> bool:  # type: ignore[override]
@@ -328,10 +334,9 @@ class Wrapper(Compressor):
         """Whether most of the inner compressor's work is large matrix products."""
         return self.compressor.of_products
 
-    @property
-    def fills_slots(self) -> bool:  # type: ignore[override]
+    def fills(self, size: int) -> bool:
         """Whether the inner compressor leaves no slot empty."""
-        return self.compressor.fills_slots
+        return self.compressor.fills(size)
 
     @property
     def reads_queries(self) -> bool:

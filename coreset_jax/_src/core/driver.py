@@ -7,7 +7,8 @@ through the compressor, whose stages take as many heads at a time as memory allo
 """
 
 import functools
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.core.turns import over_axes
 from coreset_jax._src.precision import accumulation_dtype
+
+Options = TypeVar("Options")
+Result = TypeVar("Result")
 
 
 class Cache(NamedTuple):
@@ -73,9 +77,8 @@ class Method(Protocol):
     def reads_queries(self) -> bool:
         """Whether sample queries change what it returns."""
 
-    @property
-    def fills_slots(self) -> bool:
-        """Whether no slot is empty where a head has as many pairs."""
+    def fills(self, size: int) -> bool:
+        """Whether none of ``size`` slots is empty in heads of as many pairs."""
 
     def check_call(self, keys: Any, size: int, queries: Any) -> None:
         """Raises ``ValueError`` unless a call can be answered."""
@@ -138,44 +141,52 @@ def _compress(
     return compressor.on_heads(cache, size)
 
 
+def spread(options: Options, cache: Cache) -> Options:
+    """Options, one number or one a head, as arrays of one number a head in the dtype of sums."""
+    dtype = accumulation_dtype(cache.keys, cache.values)
+    zeros = jnp.zeros_like(cache.keys[..., 0, 0], dtype)
+    return jax.tree.map(lambda each: zeros + jnp.asarray(each, dtype), options)
+
+
+def for_each_head(
+    function: Callable[..., Result], cache: Cache, query_ball: Any, *more: Any
+) -> Result:
+    """What a function of a :class:`Head` returns for all of them.
+
+    Args:
+      function: a pure function of a head, and of its entries of further arguments.
+      cache: all heads.
+      query_ball: radius and softmax scale of the queries, one number or one a head.
+      *more: pytrees of arrays ``[..., ...]``.
+    """
+    ragged = cache.lengths is not None
+
+    def one_head(ball: Any, number: Array, pairs: tuple[Any, ...], *more: Any) -> Result:
+        head = Head.prepare(
+            cache.rng, number, *pairs, ragged=ragged, measured=cache.measured, **ball._asdict()
+        )
+        return function(head, *more)
+
+    pairs = cache.keys, cache.values, cache.counts, cache.queries
+    return over_axes(one_head, cache.keys.ndim - 2)(
+        spread(query_ball, cache), cache.numbers, pairs, *more
+    )
+
+
 def over_heads(compressor: Method, cache: Cache, size: int) -> tuple[Coreset, Info]:
     """Compresses every head by itself, with a random key and options of its own."""
-    keys, values = cache.keys, cache.values
-    dtype = accumulation_dtype(keys, values)
-    zeros = jnp.zeros_like(keys[..., 0, 0], dtype)
-    options = jax.tree.map(lambda each: zeros + each.astype(dtype), compressor)
 
-    def one_head(
-        options: Method,
-        number: Array,
-        keys: Array,
-        values: Array,
-        length: Array,
-        queries: Array | None,
-    ) -> tuple[Coreset, Info]:
-        head = Head.prepare(
-            cache.rng,
-            number,
-            keys,
-            values,
-            length,
-            queries,
-            ragged=cache.lengths is not None,
-            measured=cache.measured,
-            **options.query_ball._asdict(),
-        )
-        coreset, info = options.on_head(head, size)
-        if head.ragged or not options.fills_slots:
+    def compress_one(head: Head, compressor: Method) -> tuple[Coreset, Info]:
+        coreset, info = compressor.on_head(head, size)
+        if head.ragged or not compressor.fills(size):
             coreset = packed(coreset)
         # A NaN anywhere in a head is one in all of it.
         sound = ~jnp.any(jnp.isnan(coreset.log_weights))
-        for array in (head.keys, head.values, *([] if queries is None else [queries])):
+        for array in (head.keys, head.values, *([] if head.queries is None else [head.queries])):
             sound &= jnp.all(jnp.isfinite(array))
         coreset = coreset._replace(log_weights=jnp.where(sound, coreset.log_weights, jnp.nan))
         if not head.measured:
             return coreset, Info()
         return coreset, info._replace(rho=head.standardization.rho)
 
-    return over_axes(one_head, keys.ndim - 2)(
-        options, cache.numbers, keys, values, cache.counts, cache.queries
-    )
+    return for_each_head(compress_one, cache, compressor.query_ball, spread(compressor, cache))

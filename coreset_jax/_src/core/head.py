@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -68,7 +68,7 @@ class Head:
         :func:`coreset_jax.geometry.standardize`.
         """
         if ragged:
-            inside = (jnp.arange(keys.shape[0]) < length)[:, None]
+            inside = (jnp.arange(keys.shape[0], dtype=jnp.int32) < length)[:, None]
             keys = jnp.where(inside, keys, jnp.zeros_like(keys))
             values = jnp.where(inside, values, jnp.zeros_like(values))
         # Made from the keys, so that both vary over the mesh axes that they do.
@@ -123,7 +123,7 @@ class Head:
     @property
     def inside(self) -> Bool[Array, " n"]:
         """Which pairs are no padding."""
-        return jnp.arange(self.count) < self.length
+        return jnp.arange(self.count, dtype=jnp.int32) < self.length
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -133,11 +133,12 @@ class Head:
     def pairs(self, indices: Int[Array, " m"], log_weights: Float[Array, " m"]) -> Coreset:
         """The coreset of the pairs at ``indices``.
 
-        In a ragged head -1, or what is beyond its pairs, is an empty slot.
+        In a ragged head -1, or an index of padding, is an empty slot.
         """
+        indices = indices.astype(jnp.int32)
         if not self.ragged:
             return Coreset(self.keys[indices], self.values[indices], log_weights, indices)
-        indices = jnp.where(indices < self.count, indices, -1)
+        indices = jnp.where(indices < self.length, indices, -1)
         return gather(self.keys, self.values, indices, log_weights)
 
     def whole(self) -> Coreset:
@@ -145,7 +146,7 @@ class Head:
         return whole_cache(self.keys, self.values, self.length if self.ragged else None)
 
 
-def _rebuilt(statics: tuple[bool, ...], arrays: Sequence[Any]) -> Head:
+def _rebuilt(statics: tuple[Any, ...], arrays: Iterable[Any]) -> Head:
     # Without the constructor: while JAX handles it, arrays may have more axes, or be anything.
     head = object.__new__(Head)
     for name, value in zip((*_ARRAYS, *_STATIC), (*arrays, *statics), strict=True):

@@ -47,7 +47,7 @@ class _Problem(NamedTuple):
       still: heavy pairs that were kept, which stay what they are ``[m]``.
       free: the others ``[m]``.
       centers: the coreset's keys, scaled ``[m, d]``.
-      coefficients: what stands behind them ``[m, dv + 1]``.
+      coefficients: weight times ``[value, 1]`` of each of these pairs ``[m, dv + 1]``.
     """
 
     source: Source
@@ -107,8 +107,9 @@ def move_and_fit(
       steps: steps of the keys, static; with 0 only keys beyond the reach of the geometry move.
       alone: which pairs of the coreset stand for themselves alone and stay what they are; ``None``
         for those that are heavy.
-      last_fit: whether a fit follows the last step, static. If not, what stands behind the keys is
-        that of where they were before it, and whoever calls has to fit again.
+      last_fit: whether weights and values are fitted after the last step, static. Without that fit
+        they belong to the keys before the step, and the caller has to fit them again. At least one
+        step is needed then.
     """
     geometry = fitting_geometry(head.standardization, kernel_radius)
     problem = _problem(head, coreset, geometry, alone)

@@ -82,7 +82,7 @@ def descend(
     Args:
       source: the cache.
       centers: the keys to begin with ``[m, d]``.
-      coefficients: what stands behind them before any fit ``[m, c]``.
+      coefficients: the coefficients of these keys before any fit ``[m, c]``.
       free: which of them move ``[m]``.
       steps: how many, static, at least one.
     """

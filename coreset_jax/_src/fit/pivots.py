@@ -1,8 +1,8 @@
 r"""Pivots: pairs that stand apart from one another, drawn by a randomly pivoted Cholesky factor.
 
-A balance keeps pairs that answer as they are. A refit (:mod:`coreset_jax.refit`) wants something
-else of them: that between them they reach everything in the cache, whatever stands behind them.
-That is what pivots are. Pairs too heavy to be shared are kept as they are.
+A balance keeps pairs that answer as they are. A refit (:mod:`coreset_jax.refit`) fits new weights
+and values, and needs keys whose kernels together span those of the whole cache. Pivots are such
+keys. Pairs too heavy to be shared are kept as they are.
 
 The factor is built a block of pivots at a time: all of a block are drawn at once, and those that
 clash with one drawn before are sent back, so that nearly all of the work is matrix products.
@@ -177,7 +177,7 @@ def cholesky_pivots(
         corner = jnp.where(taken[:, None] & taken[None], corner, 0)
         # Rounding may leave copies that the draw let through: half a rounding keeps it definite.
         corner += jnp.diag(jnp.where(taken, rounding / 2, 1).astype(dtype))
-        # Those that are taken come first; what stands behind them is written over.
+        # Accepted rows come first; the next round overwrites the rejected ones after them.
         order = jnp.argsort(~taken, stable=True)
         rows = _divided(corner, jnp.where(taken[:, None], rows, 0))[order]
         drawn = jnp.where(taken, drawn, count)[order]

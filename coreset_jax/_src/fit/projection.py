@@ -1,8 +1,8 @@
 r"""Projection: weights, or weights and values, that fit a coreset's keys to the whole cache.
 
-A coreset is a measure on few keys that should act like that of the whole cache. Which keys it has
-is one choice; what stands behind them is another, and a linear one: the error in the kernel
-:math:`E_{kl} = e^{r\langle k, l\rangle}` is quadratic in it, and has a smallest value.
+A coreset is a measure on few keys that should act like that of the whole cache. For given keys the
+best weights and values are a linear least squares problem: the error in the kernel
+:math:`E_{kl} = e^{r\langle k, l\rangle}` is quadratic in them.
 """
 
 import jax.numpy as jnp

@@ -29,7 +29,8 @@ def regularized_solve(
         indefinite, it grows tenfold until it does not.
 
     Returns:
-      The solution ``[l, c]``; NaN where the matrix is not finite.
+      The solution ``[l, c]``; NaN where the matrix is zero or not finite, or where no ridge up to
+      the mean is enough.
     """
     eye = identity_like(gram)
     mean = jnp.mean(jnp.diagonal(gram))
@@ -64,10 +65,11 @@ def one_by_one(routine: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def cholesky_factor(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
-    """The lower Cholesky factor; anything above its diagonal, and NaN where there is none.
+    """The lower Cholesky factor of a symmetric matrix; NaN where it is not positive definite.
 
-    The bare routine: what wrappers do beside it takes longer to compile. LAPACK reads matrices
-    column by column, so that everything transposed goes to it and comes from it without a copy.
+    Entries above the diagonal may be anything. The bare routine: what wrappers do beside it takes
+    longer to compile. LAPACK reads matrices column by column, so that everything transposed goes to
+    it and comes from it without a copy.
     """
     factor: Array = jax.lax.linalg.cholesky_p.bind(matrix.T)
     return factor
