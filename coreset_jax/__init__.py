@@ -1,13 +1,15 @@
 """Nearly optimal attention coresets: shrink a KV cache and say how wrong the result may be."""
 
-from coreset_jax import baselines, budgets, geometry, guarantees, refit, streaming, walks
+from coreset_jax import baselines, budgets, geometry, guarantees, queries, refit, streaming, walks
 from coreset_jax._src.attention import attention
 from coreset_jax._src.core.compressor import Compressor, Wrapper
 from coreset_jax._src.core.coreset import Coreset, attend
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._version import __version__
+from coreset_jax.attending import attended
 from coreset_jax.balancing import balanced
+from coreset_jax.choosing import better_of
 from coreset_jax.combinators import chunked, keep_ends
 from coreset_jax.compression import Certified, OutOfReachError, compress, compress_to_error
 from coreset_jax.fitting import fitted, pivoted
@@ -22,9 +24,11 @@ __all__ = [
     "Wrapper",
     "__version__",
     "attend",
+    "attended",
     "attention",
     "balanced",
     "baselines",
+    "better_of",
     "budgets",
     "chunked",
     "compress",
@@ -34,6 +38,7 @@ __all__ = [
     "guarantees",
     "keep_ends",
     "pivoted",
+    "queries",
     "refit",
     "streaming",
     "walks",

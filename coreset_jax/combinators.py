@@ -90,16 +90,22 @@ class chunked(Wrapper):  # noqa: N801
             return array.reshape(chunks, width, -1) if even else array[places]
 
         def compress(
-            number: Array, keys: Array, values: Array, length: Array
+            number: Array, keys: Array, values: Array, scores: Array | None, length: Array
         ) -> tuple[Coreset, Info]:
             chunk = head.part(
-                number=number, keys=keys, values=values, length=length, ragged=not even
+                number=number,
+                keys=keys,
+                values=values,
+                scores=scores,
+                length=length,
+                ragged=not even,
             )
             return self.compressor.on_head(chunk, size // chunks)
 
         numbers = head.number * chunks + edges[:-1]
+        scores = None if head.scores is None else cut(head.scores).reshape(chunks, width)
         coresets, info = jax.vmap(compress)(
-            numbers, cut(head.keys), cut(head.values), jnp.maximum(lengths, 1)
+            numbers, cut(head.keys), cut(head.values), scores, jnp.maximum(lengths, 1)
         )
         # A head of fewer pairs than chunks leaves some of them empty.
         absent = (coresets.indices < 0) | (lengths == 0)[:, None]
@@ -185,6 +191,7 @@ class keep_ends(Wrapper):  # noqa: N801
         between = head.part(
             keys=head.keys[sinks:stop],
             values=head.values[sinks:stop],
+            scores=None if head.scores is None else head.scores[sinks:stop],
             length=jnp.maximum(head.length - sinks - recent, 1),
         )
         middle, info = self.compressor.on_head(between, size - sinks - recent)

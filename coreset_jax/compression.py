@@ -1,6 +1,6 @@
 r"""Compression to a size by the default method, or to an error that is certified.
 
-The default is chosen here: :func:`compress` is :class:`coreset_jax.fitted`.
+The default is chosen here, by what the caller has (:func:`compress`).
 :func:`compress_to_error` halves the cache by :class:`coreset_jax.balanced` as long as a certificate
 allows it: what comes back answers every query of the ball within the error asked for, and half of
 it could not be shown to.
@@ -20,7 +20,9 @@ from coreset_jax._src import checks
 from coreset_jax._src.core.compressor import Compressor
 from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.geometry.standardize import standardize
+from coreset_jax.attending import attended
 from coreset_jax.balancing import balanced
+from coreset_jax.choosing import better_of
 from coreset_jax.fitting import fitted
 from coreset_jax.guarantees.certificate import Certificate, certificate
 from coreset_jax.guarantees.checks import positive_number
@@ -69,10 +71,19 @@ def compress(
     rho: ArrayLike | None = None,
     query_norm: ArrayLike | None = None,
     queries: Float[Array, "*heads q d"] | None = None,
+    scores: Float[Array, "*heads n"] | None = None,
     scale: ArrayLike | None = None,
     lengths: Int[Array, "*heads"] | None = None,
 ) -> Coreset:
-    """A coreset of ``size`` pairs a head, by the default method: :class:`coreset_jax.fitted`.
+    """A coreset of ``size`` pairs a head, by the method that suits what is given.
+
+    - Nothing but the cache: :class:`coreset_jax.fitted`.
+    - ``queries``, which may be some of a prompt's last alone: the same, matched to them.
+    - ``queries`` and ``scores``, for which queries were observed that ask for all of the cache
+      (:mod:`coreset_jax.queries`): for each head the better of :class:`coreset_jax.attended` and
+      the same again (:class:`coreset_jax.better_of`).
+
+    Where heads may share one budget, call :class:`coreset_jax.attended` with ``axes``.
 
     Args:
       rng: a JAX random key; every head gets a fold of its own.
@@ -84,6 +95,8 @@ def compress(
       queries: sample queries ``[..., q, d]``: the coreset is matched to their attention; and unless
         a radius is given, their largest norm is that. If none of the three is given,
         ``query_norm`` is ``sqrt(d)``.
+      scores: the largest attention weight that any query gave each pair ``[..., n]``; beside
+        ``queries`` only.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
       lengths: valid pairs of each head ``[...]``; the rest is padding and may hold anything.
 
@@ -92,8 +105,8 @@ def compress(
       diagnostics call ``cj.fitted(...).with_info``.
 
     Raises:
-      ValueError: on ill-fitting shapes, a ``size`` below 1, ``lengths`` outside ``1..n`` or a
-        radius that is not positive, before any tracing.
+      ValueError: on ill-fitting shapes, a ``size`` below 1, ``lengths`` outside ``1..n``, a
+        radius that is not positive, or ``scores`` without ``queries``, before any tracing.
 
     References:
       Liberty, Andoni, Kleiner, *Nearly Optimal Attention Coresets*, 2026, Theorem 4.
@@ -104,8 +117,12 @@ def compress(
     >>> coreset.indices.shape
     (64,)
     """
-    compressor = fitted(rho=rho, query_norm=query_norm, scale=scale)
-    return compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)
+    compressor: Compressor = fitted(rho=rho, query_norm=query_norm, scale=scale)
+    if scores is not None:
+        if queries is None:
+            raise ValueError("scores need queries beside them, those that they were found for.")
+        compressor = better_of(attended(scale=scale), compressor)
+    return compressor(rng, keys, values, size=size, lengths=lengths, queries=queries, scores=scores)
 
 
 def compress_to_error(

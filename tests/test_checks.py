@@ -64,6 +64,13 @@ BAD_QUERIES = {
     "other leading axes": (QUERIES[:1], "leading axes", "(1, 3, 7, 4)"),
     "integers": (QUERIES.astype(int), "floating dtype", "int64"),
 }
+BAD_SCORES = {
+    "one a query": (QUERIES[..., 0], "one for each pair", "(2, 3, 7)", "(2, 3, 12, 4)"),
+    "one for all heads": (KEYS[0, 0, :, 0], "one for each pair", "(12,)"),
+    "one a number": (KEYS, "one for each pair", "(2, 3, 12, 4)"),
+    "integers": (KEYS[..., 0].astype(int), "floating dtype", "int64"),
+    "no array": (0.5, "must be an array", "float"),
+}
 NOT_POSITIVE = {
     "zero": 0.0,
     "negative": -1.0,
@@ -127,6 +134,17 @@ def test_queries_must_fit():
     for queries, *fragments in BAD_QUERIES.values():
         for call in calls:
             refuses(functools.partial(call, queries), "queries", *fragments)
+
+
+def test_scores_must_fit():
+    for call in COMPRESSORS.values():
+        call = functools.partial(call, keys=KEYS, values=VALUES, size=SIZE, queries=QUERIES)
+        for scores, *fragments in BAD_SCORES.values():
+            refuses(functools.partial(call, scores=scores), "scores", *fragments)
+    # Not even where no method reads them; and not without the queries that they are of.
+    sampled()(jax.random.key(0), KEYS, VALUES, size=SIZE, scores=KEYS[..., 0])
+    call = functools.partial(COMPRESSORS["compress"], keys=KEYS, values=VALUES, size=SIZE)
+    refuses(functools.partial(call, scores=KEYS[..., 0]), "scores need queries")
 
 
 def test_radii_must_be_positive_and_one_or_one_a_head():

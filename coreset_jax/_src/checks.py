@@ -57,6 +57,16 @@ def check_queries(queries: Any, keys: Any) -> None:
         raise ValueError(f"queries must have the width (axis -1) of keys; got {shapes}.")
 
 
+def check_scores(scores: Any, keys: Any) -> None:
+    """Raises ``ValueError`` unless scores ``[..., n]`` fit keys ``[..., n, d]``."""
+    check_floating("scores", scores)
+    if scores.shape != keys.shape[:-1]:
+        raise ValueError(
+            f"scores must be [..., n], one for each pair; got scores {scores.shape} and keys "
+            f"{keys.shape}."
+        )
+
+
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raises ``ValueError`` unless ``value`` is a static integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):

@@ -5,7 +5,6 @@ Kept pairs have weight one: what is dropped is dropped with its mass, as was pub
 
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -27,14 +26,9 @@ class KeepLargest(Compressor):
     def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
         """Keeps the pairs of largest score."""
         found = self.score(head, size)
-        # Not top_k, whose choice among equal scores is not the same on every platform.
-        positions = jnp.zeros_like(found, jnp.int32) + jnp.arange(head.count, dtype=jnp.int32)
-        ranks = jnp.where(head.inside, -found, jnp.inf)
-        _, best = jax.lax.sort((ranks, positions), num_keys=2)
-        indices = jnp.sort(best[:size])
         sound = ~jnp.any(head.inside & jnp.isnan(found))
-        log_weights = jnp.where(sound, jnp.zeros_like(found[:size], head.dtype), jnp.nan)
-        return head.pairs(jnp.where(indices < head.length, indices, -1), log_weights), Info()
+        coreset = head.largest(found, size)
+        return coreset._replace(log_weights=jnp.where(sound, coreset.log_weights, jnp.nan)), Info()
 
 
 class KeepAttended(KeepLargest):
@@ -51,7 +45,7 @@ class KeepAttended(KeepLargest):
     def check_call(self, keys: Any, size: int, queries: Any) -> None:
         """Raises ``ValueError`` unless all query heads have as many samples."""
         super().check_call(keys, size, queries)
-        if queries.shape[-2] % self.groups:
+        if queries is not None and queries.shape[-2] % self.groups:
             raise ValueError(
                 f"queries must hold as many samples (axis -2) for each of {self.groups} groups; "
                 f"got queries {queries.shape} and keys {keys.shape}."

@@ -1,8 +1,5 @@
 """AdaKV's split: a head's budget is how many of the layer's largest scores fall to it."""
 
-import math
-
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -14,6 +11,7 @@ from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.turns import in_turns
 from coreset_jax._src.queries.scores import WEIGHTS, mean_attention
 from coreset_jax.budgets.shared import Shared
+from coreset_jax.budgets.split import count_largest
 
 
 def _scores(head: Head) -> Float[Array, " n"]:
@@ -97,20 +95,5 @@ class adaptive(Shared):  # noqa: N801
         samples = 0 if cache.queries is None else cache.queries.shape[-2]
         one_head = in_turns(_scores, min(samples * count, WEIGHTS))
         scores = for_each_head(one_head, cache, self.query_ball)
-        last = tuple(range(-len(axes) - 1, -1))
-        moved = jnp.moveaxis(scores, axes, last)
-        heads = math.prod(moved.shape[axis] for axis in last)
-        rows = moved.reshape(math.prod(moved.shape[: -1 - len(axes)]), heads * count)
-
-        def count_largest(row: Array) -> Array:
-            places = jnp.arange(heads * count, dtype=jnp.int32)
-            # Of equal scores those of earlier pairs first, so that equal heads share them alike.
-            order = (-row, places % count, places // count)
-            falling, _, owners = jax.lax.sort(order, num_keys=3)
-            largest = (places < heads * size) & jnp.isfinite(falling)
-            return jnp.zeros_like(row, shape=(heads,)).at[owners].add(largest.astype(row.dtype))
-
-        found = jax.vmap(count_largest)(rows).reshape(moved.shape[:-1])
-        # The last axis of scores, the pairs, is gone.
-        found = jnp.moveaxis(found, tuple(range(-len(axes), 0)), axes)
+        found = count_largest(scores, axes, mean=size, most=count).astype(scores.dtype)
         return self.safeguard * size + (1 - self.safeguard) * found

@@ -116,9 +116,11 @@ class pyramid(Budget):  # noqa: N801
                 # Options that are one number for all heads have no layers.
                 return jax.lax.slice_in_dim(array, start, stop, axis=axis) if array.ndim else array
 
-            rng = jax.random.fold_in(cache.rng, start)
-            keys, values, lengths, queries = jax.tree.map(some, cache[1:5])
-            part = Cache(rng, keys, values, lengths, queries, cache.measured)
+            arrays = ("keys", "values", "lengths", "queries", "scores")
+            part = cache._replace(
+                rng=jax.random.fold_in(cache.rng, start),
+                **{name: jax.tree.map(some, getattr(cache, name)) for name in arrays},
+            )
             parts.append(jax.tree.map(some, self.compressor).on_heads(part, budget))
             start = stop
         layered: tuple[Coreset, Info] = jax.tree.map(

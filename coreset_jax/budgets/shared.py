@@ -45,8 +45,10 @@ class Budget(Wrapper):
 
     def at_size(self, cache: Cache, size: int) -> tuple[Coreset, Info]:
         """What the compressor inside makes of all heads, as if it were called by itself."""
-        queries = cache.queries if self.compressor.reads_queries else None
-        return self.compressor.on_heads(cache._replace(queries=queries), size)
+        inner = self.compressor
+        queries = cache.queries if inner.reads_queries else None
+        scores = cache.scores if inner.reads_scores else None
+        return inner.on_heads(cache._replace(queries=queries, scores=scores), size)
 
     def static_bounded(self, name: str, *, least: float = 0.0, most: float = float("inf")) -> None:
         """Makes a static option a Python float; raises ``ValueError`` if it is out of bounds."""

@@ -65,6 +65,44 @@ def grid(
     return tuple(sorted({min(max(int(size * ratio), 1), count) for ratio in ratios}))
 
 
+def count_largest(
+    scores: Float[Array, "*heads n"], axes: tuple[int, ...], *, mean: int, most: int
+) -> Int[Array, "*heads"]:
+    """How many of the largest scores of all heads that share a budget fall to each of them.
+
+    Args:
+      scores: one for each pair ``[..., n]``; one that is not finite is never counted.
+      axes: axes over which a budget is shared, ascending.
+      mean: scores that are counted, for each head in the mean.
+      most: and for one head, at most.
+
+    Returns:
+      Counts, int32 ``[...]``. Of equal scores those that are higher in their own head come first,
+      so that equal heads share them alike.
+
+    >>> print(count_largest(jnp.array([[9.0, 8.0, 3.0], [7.0, 2.0, 1.0]]), (0,), mean=2, most=3))
+    [3 1]
+    """
+    last = tuple(range(-len(axes) - 1, -1))
+    moved = jnp.moveaxis(scores, axes, last)
+    shape = moved.shape[:-1]
+    heads = math.prod(shape[axis + 1] for axis in last)
+    falling = jnp.where(jnp.isfinite(moved), -moved, jnp.inf)
+    falling = jnp.sort(falling, axis=-1)[..., :most]
+    rows = falling.reshape(math.prod(shape[: -len(axes)]), heads * most)
+
+    def count(row: Float[Array, " hm"]) -> Int[Array, " h"]:
+        places = jnp.zeros_like(row, jnp.int32) + jnp.arange(heads * most, dtype=jnp.int32)
+        row, _, owners = jax.lax.sort((row, places % most, places // most), num_keys=3)
+        largest = (places < heads * mean) & jnp.isfinite(row)
+        nothing = jnp.zeros_like(places, shape=(heads,))
+        return nothing.at[owners].add(largest.astype(jnp.int32))
+
+    if not heads * most:
+        return jnp.zeros_like(scores[..., 0], jnp.int32)
+    return jnp.moveaxis(jax.vmap(count)(rows).reshape(shape), tuple(range(-len(axes), 0)), axes)
+
+
 def split(
     shares: Float[Array, "*heads"],
     lengths: Int[Array, "*heads"],

@@ -251,7 +251,7 @@ def _adversary(
 
     lengths = ball["lengths"]
     source = standardized(whole_cache(keys, values, lengths))
-    numbers = Cache(rng, keys, values, lengths, None, measured=False).numbers
+    numbers = Cache(rng, keys, values, lengths, None, None, measured=False).numbers
     search = over_axes(search, keys.ndim - 2)
     errors, points = search(numbers, source, standardized(coreset), standardization.rho)
     errors = errors * standardization.value_radius[..., None]

@@ -113,6 +113,12 @@ def _matched_fitted() -> cj.Compressor:
 # Two heads a layer, as the shipped model has, leave little to split: all of them share a budget.
 _EVERY_HEAD = (0, -1)
 
+# Newest pairs that are kept beside KVzip's own: a continuation reads them most.
+_RECENT = 64
+
+# Of the shipped model.
+_ROPE_BASE = 1e5
+
 
 def _pyramid_kv(groups: int) -> cj.Compressor:
     return budgets.pyramid(baselines.snapkv(groups=groups))
@@ -120,6 +126,18 @@ def _pyramid_kv(groups: int) -> cj.Compressor:
 
 def _ada_kv(groups: int) -> cj.Compressor:
     return budgets.adaptive(baselines.snapkv(groups=groups), axes=_EVERY_HEAD)
+
+
+def _kvzip(axes: tuple[int, ...] = ()) -> cj.Compressor:
+    return baselines.kvzip(num_recent=_RECENT, axes=axes)
+
+
+def _kvzip_every_head() -> cj.Compressor:
+    return _kvzip(_EVERY_HEAD)
+
+
+def _attended_every_head() -> cj.Compressor:
+    return cj.attended(axes=_EVERY_HEAD)
 
 
 def _by_energy() -> cj.Compressor:
@@ -144,6 +162,7 @@ def _fitted_8() -> cj.Compressor:
 
 
 _WILDCAT_4 = functools.partial(baselines.wildcat, bins=4)
+_COMPACTOR = functools.partial(baselines.compactor, rope_base=_ROPE_BASE)
 _WHOLE_8 = functools.partial(baselines.quantized, bits=8)
 _WHOLE_4 = functools.partial(baselines.quantized, bits=4)
 
@@ -159,6 +178,7 @@ _TABLE = (
     Method("uniform", "uniform", FREE, "subset draws", baselines.uniform, _UNIFORM),
     Method("streaming_llm", "StreamingLLM", FREE, "subset", baselines.streaming_llm),
     Method("keydiff", "KeyDiff", FREE, "subset", baselines.keydiff),
+    Method("compactor", "Compactor, leverage alone", FREE, "subset draws", _COMPACTOR),
     Method("kmeans", "k-means", FREE, "draws", baselines.kmeans),
     Method("balance_kv", "BalanceKV, published", FREE, "draws", baselines.balance_kv, _PUBLISHED),
     Method(
@@ -182,8 +202,10 @@ _TABLE = (
         baselines.expected_attention,
     ),
     Method("top_attention", "top attention", INFORMED, "subset", baselines.top_attention),
+    Method("kvzip_heads", "KVzip, budgets a head", INFORMED, "subset", _kvzip),
     Method("attention_matching", "attention matching", INFORMED, "", baselines.attention_matching),
     Method("matched", "fitted and matched", INFORMED, "ours draws", _matched_fitted),
+    Method("attended_heads", "attended, budgets a head", INFORMED, "ours draws", cj.attended),
     Method("quantized_8", "whole cache, 8 bits", QUANTIZED, "whole", _WHOLE_8, bits=8),
     Method("quantized_4", "whole cache, 4 bits", QUANTIZED, "whole", _WHOLE_4, bits=4),
     Method(
@@ -192,6 +214,7 @@ _TABLE = (
     Method("fitted_8", "fitted, 8 bits", QUANTIZED, "ours draws", _fitted_8, bits=8),
     Method("pyramid_kv", "SnapKV in a pyramid", UNEVEN, "subset grouped asks", _pyramid_kv),
     Method("ada_kv", "SnapKV, adaptive", UNEVEN, "subset grouped asks", _ada_kv),
+    Method("kvzip", "KVzip, one budget", UNEVEN, "subset asks", _kvzip_every_head),
     Method("fitted_by_energy", "fitted, by energy", UNEVEN, "ours draws", _by_energy),
     Method(
         "matched_adaptive",
@@ -200,6 +223,7 @@ _TABLE = (
         "ours draws asks",
         _matched_adaptive,
     ),
+    Method("attended", "attended, one budget", UNEVEN, "ours draws asks", _attended_every_head),
     Method("exact", "full cache", PLAIN, look=_EXACT),
     Method("window", "sinks and window", PLAIN, look=_WINDOW),
 )

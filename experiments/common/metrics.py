@@ -6,9 +6,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import coreset_jax as cj
+from coreset_jax import baselines
 
 BLOCK_SIZE = 2048
 """Pairs whose scores are held at a time: 64 MB of them for 8 heads with 1024 queries each."""
+
+FLOAT_BYTES = 4
+"""Keys, values, log-weights and normalizers are counted in float32."""
 
 
 @jax.jit
@@ -31,3 +35,26 @@ def geometric_mean(values: np.ndarray) -> float:
     """The geometric mean over all entries; infinite where one is, or is not a number."""
     values = np.where(np.isnan(values), np.inf, values)
     return float(np.exp(np.mean(np.log(np.maximum(values, np.finfo(np.float32).tiny)))))
+
+
+def coreset_bytes(coreset: cj.Coreset, bits: int | None = None) -> int:
+    """Bytes of a coreset in float32: keys, values, and what else answers depend on.
+
+    Empty slots are left out unless they are quantized, and so are log-weights where all pairs of a
+    head weigh the same: one number says it.
+
+    Args:
+      coreset: a coreset.
+      bits: of a number in keys and values, where they are quantized.
+    """
+    held = coreset.log_weights != -jnp.inf
+    pairs = int(jnp.sum(held))
+    if bits is None:
+        found = FLOAT_BYTES * pairs * (coreset.keys.shape[-1] + coreset.values.shape[-1])
+    else:
+        found = baselines.quantized_bytes(coreset, bits)
+    if bool(jnp.any(held & (coreset.log_weights != coreset.log_weights[..., :1]))):
+        found += FLOAT_BYTES * pairs
+    if isinstance(coreset, baselines.SignedCoreset):
+        found += FLOAT_BYTES * pairs
+    return found

@@ -18,14 +18,11 @@ from coreset_jax import baselines
 from coreset_jax._src.core.coreset import whole_cache
 from experiments.common import programs
 from experiments.common.methods import METHODS, Method
-from experiments.common.metrics import BLOCK_SIZE, relative_error
+from experiments.common.metrics import BLOCK_SIZE, FLOAT_BYTES, coreset_bytes, relative_error
 from experiments.leaderboard import texts as kinds_of_text
 from experiments.model import decoding, lm, text
 
 Cell = dict[str, Any]
-
-# Keys, values, log-weights and normalizers are counted in float32.
-_FLOAT_BYTES = 4
 
 
 class Texts(NamedTuple):
@@ -111,13 +108,13 @@ def pairs_kept(method: Method, count: int, width: int, ratio: int) -> int:
     """
     if method.bits is None:
         return -(-count // ratio)
-    budget = 2 * width * count * _FLOAT_BYTES // ratio
+    budget = 2 * width * count * FLOAT_BYTES // ratio
     bits = method.bits
 
     def weight(size: int) -> int:
         like = jnp.zeros((size, width))
         coreset = jax.eval_shape(lambda: whole_cache(like, like))
-        log_weights = 0 if method.has("whole") else _FLOAT_BYTES * size
+        log_weights = 0 if method.has("whole") else FLOAT_BYTES * size
         return baselines.quantized_bytes(coreset, bits) + log_weights
 
     size = bisect.bisect_right(range(1, count + 1), budget, key=weight)
@@ -129,29 +126,6 @@ def pairs_kept(method: Method, count: int, width: int, ratio: int) -> int:
     elif size < 1:
         raise ValueError(f"in {bits} bits not one pair fits into 1/{ratio} of the bytes")
     return size
-
-
-def coreset_bytes(coreset: cj.Coreset, bits: int | None = None) -> int:
-    """Bytes of a coreset in float32: keys, values, and what else answers depend on.
-
-    Empty slots are left out unless they are quantized, and so are log-weights where all pairs of a
-    head weigh the same: one number says it.
-
-    Args:
-      coreset: a coreset.
-      bits: of a number in keys and values, where they are quantized.
-    """
-    held = coreset.log_weights != -jnp.inf
-    pairs = int(jnp.sum(held))
-    if bits is None:
-        found = _FLOAT_BYTES * pairs * (coreset.keys.shape[-1] + coreset.values.shape[-1])
-    else:
-        found = baselines.quantized_bytes(coreset, bits)
-    if bool(jnp.any(held & (coreset.log_weights != coreset.log_weights[..., :1]))):
-        found += _FLOAT_BYTES * pairs
-    if isinstance(coreset, baselines.SignedCoreset):
-        found += _FLOAT_BYTES * pairs
-    return found
 
 
 class Work:
@@ -206,7 +180,7 @@ class Work:
     def exact(self, kind: str) -> Cell:
         """Bits a byte behind the full cache."""
         texts, length = self.texts(kind), self.config.prompt_bytes
-        found: Cell = {"bytes": _FLOAT_BYTES * (texts.keys[0].size + texts.values[0].size)}
+        found: Cell = {"bytes": FLOAT_BYTES * (texts.keys[0].size + texts.values[0].size)}
         for task, (tokens, cue) in self.tasks(kind).items():
             costs = np.asarray(lm.costs_of(self.expected(kind)[task], tokens[:, length:]))
             found[task] = costs[:, cue:].mean(axis=1)

@@ -17,9 +17,9 @@ import coreset_jax as cj
 from coreset_jax import baselines
 from coreset_jax.nn import CacheConfig, CoresetCache
 from experiments.common.methods import METHODS
-from experiments.model import lm
+from experiments.model import lm, reading
 from experiments.model.attention import Held, attend, by_head
-from experiments.model.decoder import Block
+from experiments.model.llama import Llama, LlamaConfig
 from experiments.model.text import BOUNDARY
 
 Queries = Float[Array, "batch length heads head_dim"]
@@ -126,9 +126,12 @@ class Prompt(NamedTuple):
     values: Float[Array, "layers batch length kv_heads head_dim"]
 
 
-def read_prompt(model: lm.Decoder, tokens: np.ndarray) -> Prompt:
+def read_prompt(model: lm.Model, tokens: np.ndarray) -> Prompt:
     """Let the model read texts exactly, one after another: `tokens [batch, length]`."""
-    traces = [lm.caches(model, row) for row in tokens]
+    if isinstance(model, Llama):
+        traces: list[reading.Pairs | lm.Trace] = [reading.read(model, row).pairs for row in tokens]
+    else:
+        traces = [lm.caches(model, row) for row in tokens]
     keys, values = (
         jnp.stack([getattr(trace, name).transpose(0, 2, 1, 3) for trace in traces], axis=1)
         for name in ("keys", "values")
@@ -185,7 +188,7 @@ def behind_coresets(coresets: cj.Coreset, prompt_length: int, room: int) -> list
 
 
 def empty(
-    model_config: lm.ModelConfig, batch: int, config: CacheConfig | None, room: int
+    model_config: lm.ModelConfig | LlamaConfig, batch: int, config: CacheConfig | None, room: int
 ) -> list[Cache]:
     """Caches of all layers before the first byte; arguments as for `prefilled`."""
     like = jnp.zeros((batch, 1, model_config.num_kv_heads, model_config.head_dim))
@@ -199,32 +202,32 @@ def empty(
 
 @nnx.jit
 def _embed(
-    model: lm.Decoder,
+    model: lm.Model,
     lengths: Int[Array, " batch"],
     tokens: Int[Array, "batch length"],
-    previous: Int[Array, "batch 2"],
+    previous: Int[Array, "batch 2"] | None,
 ) -> tuple[Array, Array]:
     return model.embed(tokens, lengths[:, None] + jnp.arange(tokens.shape[1]), previous)
 
 
 @nnx.jit
-def _read(block: Block, cache: Any, x: Array, positions: Array) -> tuple[Array, Any]:
+def _read(block: Any, cache: Any, x: Array, positions: Array) -> tuple[Array, Any]:
     queries, keys, values = block.attention.project(block.attention_norm(x), positions)
     x = x + block.attention.merge(cache.attend(queries, keys, values))
     return x + block.mlp(block.mlp_norm(x)), cache.append(keys, values)
 
 
 @nnx.jit
-def _logits(model: lm.Decoder, x: Array) -> Array:
+def _logits(model: lm.Model, x: Array) -> Array:
     return model.logits(x)
 
 
 def step(
-    model: lm.Decoder,
+    model: lm.Model,
     caches: list[Any],
     tokens: Int[Array, "batch length"],
-    previous: Int[Array, "batch 2"],
-) -> tuple[Float[Array, "batch length 256"], list[Any]]:
+    previous: Int[Array, "batch 2"] | None = None,
+) -> tuple[Float[Array, "batch length vocabulary"], list[Any]]:
     """Read some bytes behind what the caches hold.
 
     Layers are compiled apart, and so only once for all of them.
@@ -232,8 +235,8 @@ def step(
     Args:
       model: the model.
       caches: one a layer.
-      tokens: the bytes.
-      previous: the two bytes before them.
+      tokens: the bytes, or the tokens of a model that reads tokens.
+      previous: the two bytes before them; `BOUNDARY` by default, and of no use to tokens.
 
     Returns:
       The logits of the byte after each, and the caches behind them.
@@ -251,12 +254,12 @@ fused_step = nnx.jit(step)
 
 
 def predictions(
-    model: lm.Decoder,
+    model: lm.Model,
     caches: list[Cache],
     tokens: np.ndarray,
     previous: np.ndarray | None = None,
     piece: int = 64,
-) -> Iterator[tuple[Float[Array, "batch part 256"], np.ndarray]]:
+) -> Iterator[tuple[Float[Array, "batch part vocabulary"], np.ndarray]]:
     """What the model expects of every byte but the first behind the caches, a piece at a time.
 
     Args:
@@ -281,7 +284,7 @@ def predictions(
 
 
 def costs(
-    model: lm.Decoder,
+    model: lm.Model,
     caches: list[Cache],
     tokens: np.ndarray,
     previous: np.ndarray | None = None,

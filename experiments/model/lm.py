@@ -27,12 +27,16 @@ from experiments.common import results
 from experiments.model.decoder import Decoder as Decoder
 from experiments.model.decoder import ModelConfig as ModelConfig
 from experiments.model.decoder import checked
+from experiments.model.llama import Llama
+
+Model = Decoder | Llama
+"""What `caches` and the costs are taken of: a model of bytes or one of tokens."""
 
 CHECKPOINT = pathlib.Path(__file__).parent / "assets" / "stdlib_lm.safetensors"
 """The shipped checkpoint."""
 
 
-def parameter_count(model: Decoder) -> int:
+def parameter_count(model: Model) -> int:
     """Return the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
@@ -63,7 +67,7 @@ class Trace(NamedTuple):
         return queries.reshape(*self.keys.shape[:-2], -1, self.keys.shape[-1])
 
 
-def caches(model: Decoder, tokens: Any) -> Trace:
+def caches(model: Model, tokens: Any) -> Trace:
     """Read a text and return the key-value caches of all layers with the queries that met them.
 
     Args:
@@ -82,7 +86,7 @@ def caches(model: Decoder, tokens: Any) -> Trace:
 
 
 @nnx.jit
-def _caches(model: Decoder, tokens: Int[Array, "batch length"]) -> Trace:
+def _caches(model: Model, tokens: Int[Array, "batch length"]) -> Trace:
     x, positions = model.embed(tokens)
     layers = []
     for block in model.blocks:
@@ -97,7 +101,7 @@ def _caches(model: Decoder, tokens: Int[Array, "batch length"]) -> Trace:
     return Trace(keys=keys, values=values, queries=queries)
 
 
-def predictions(model: Decoder, tokens: Any) -> Float[Array, "*batch length-1 256"]:
+def predictions(model: Model, tokens: Any) -> Float[Array, "*batch length-1 vocabulary"]:
     """Return what the model expects of every byte but the first, given all before it.
 
     Args:
@@ -119,12 +123,12 @@ def predictions(model: Decoder, tokens: Any) -> Float[Array, "*batch length-1 25
 
 @nnx.jit
 def _predictions(
-    model: Decoder, tokens: Int[Array, "batch length"]
-) -> Float[Array, "batch length 256"]:
+    model: Model, tokens: Int[Array, "batch length"]
+) -> Float[Array, "batch length vocabulary"]:
     return jax.nn.log_softmax(model(tokens))
 
 
-def byte_costs(model: Decoder, tokens: Any) -> Float[Array, "*batch length-1"]:
+def byte_costs(model: Model, tokens: Any) -> Float[Array, "*batch length-1"]:
     """Return what every byte but the first costs, given all before it, in bits.
 
     Minus the binary logarithm of the probability of byte `i + 1` at index `i`, float32; arguments
@@ -135,14 +139,14 @@ def byte_costs(model: Decoder, tokens: Any) -> Float[Array, "*batch length-1"]:
 
 @jax.jit
 def costs_of(
-    predictions: Float[Array, "*batch length-1 256"], tokens: Int[Array, "*batch length"]
+    predictions: Float[Array, "*batch length-1 vocabulary"], tokens: Int[Array, "*batch length"]
 ) -> Float[Array, "*batch length-1"]:
     """Return what every byte of some tokens but the first costs under predictions, in bits."""
     taken = jnp.take_along_axis(predictions, tokens[..., 1:, None].astype(jnp.int32), axis=-1)
     return -taken[..., 0] / math.log(2)
 
 
-def bits_per_byte(model: Decoder, tokens: Any) -> float:
+def bits_per_byte(model: Model, tokens: Any) -> float:
     """Return the mean of `byte_costs`; a large batch is read a few sequences at a time."""
     tokens = checked(tokens, ranks=(1, 2))
     if tokens.ndim == 1:
@@ -154,7 +158,7 @@ def bits_per_byte(model: Decoder, tokens: Any) -> float:
     return float(np.mean(np.concatenate([np.asarray(piece) for piece in pieces]), dtype=np.float64))
 
 
-def stream_bits_per_byte(model: Decoder, stream: UInt8[np.ndarray, " length"], width: int) -> float:
+def stream_bits_per_byte(model: Model, stream: UInt8[np.ndarray, " length"], width: int) -> float:
     """Return the mean cost of the bytes of a long stream, read in windows that know nothing before.
 
     Args:

@@ -16,7 +16,18 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import coreset_jax as cj
-from coreset_jax import balanced, baselines, chunked, fitted, keep_ends, pivoted, refit, walks
+from coreset_jax import (
+    attended,
+    balanced,
+    baselines,
+    better_of,
+    chunked,
+    fitted,
+    keep_ends,
+    pivoted,
+    refit,
+    walks,
+)
 from coreset_jax._src.core.coreset import whole_cache
 from coreset_jax.baselines import SignedCoreset, uniform
 
@@ -32,7 +43,9 @@ MAKERS = {
     ),
     "pivoted": functools.partial(pivoted, rho=2.0),
     "fitted": functools.partial(fitted, rho=2.0, newton_steps=1),
+    "attended": attended,
     "chunked": functools.partial(chunked, uniform(), chunk_size=11),
+    "better_of": functools.partial(better_of, uniform(), chunked(uniform(), chunk_size=11)),
     "keep_ends": functools.partial(keep_ends, uniform(), sinks=1, recent_fraction=0.3),
     "nystrom": functools.partial(refit.nystrom, uniform(), rho=2.0),
     "weights": functools.partial(refit.weights, uniform(), rho=2.0),
@@ -45,6 +58,8 @@ MAKERS = {
     "kernel_halving": baselines.kernel_halving,
     "streaming_llm": baselines.streaming_llm,
     "keydiff": baselines.keydiff,
+    "compactor": functools.partial(baselines.compactor, sinks=2, num_recent=3, rope_base=100.0),
+    "kvzip": functools.partial(baselines.kvzip, num_recent=2),
     "top_attention": baselines.top_attention,
     "h2o": baselines.h2o,
     "snapkv": functools.partial(baselines.snapkv, window=3, kernel_size=3, groups=2),
@@ -55,12 +70,15 @@ MAKERS = {
     "quantized": functools.partial(baselines.quantized, uniform()),
 }
 # Methods that drop pairs with their mass, every one left with weight one.
-EVICTIONS = {"streaming_llm", "keydiff", "top_attention", "h2o", "snapkv", "expected_attention"}
+EVICTIONS = {
+    *("streaming_llm", "keydiff", "compactor", "kvzip"),
+    *("top_attention", "h2o", "snapkv", "expected_attention"),
+}
 # Nothing is drawn, and equal heads are compressed alike.
 DETERMINISTIC = EVICTIONS | {"attention_matching"}
 # Weights that are fitted, and add up to the length only as well as they fit.
 FITTED_WEIGHTS = {
-    *("fitted", "nystrom", "weights", "move_keys", "matching"),
+    *("attended", "fitted", "nystrom", "weights", "move_keys", "matching"),
     *("refit.attention_matching", "attention_matching"),
 }
 # Keys that are not those of the source, although a head may be kept whole.
@@ -71,10 +89,12 @@ ROUNDED = {"quantized": 0.02}
 SCALED = {
     *("balance_kv", "balance_kv, corrected", "wildcat", "attention_matching"),
     *("top_attention", "h2o", "snapkv", "expected_attention", "refit.attention_matching"),
-    "matching",
+    *("attended", "kvzip", "matching"),
 }
+# Those that sample queries change, and that can do without.
+OPTIONAL = {"fitted", "compactor"}
 # JAX cannot yet vmap a while loop over an axis of an Explicit mesh. Under shard_map it can.
-LOOPS = {"balanced", "pivoted"} | FITTED_WEIGHTS
+LOOPS = {"balanced", "pivoted", "compactor"} | FITTED_WEIGHTS
 
 
 @pytest.fixture(params=MAKERS)
@@ -230,8 +250,7 @@ def test_sample_queries_are_needed_or_change_nothing(name, cache, programs):
         chex.assert_trees_all_equal(run(name, *cache, queries=queries), coreset)
         assert programs() == before
     else:
-        # Beside a radius that is given, they are what weights and values are matched to.
-        assert name == "fitted"
+        assert name in OPTIONAL
 
 
 def test_every_head_has_a_scale_of_its_own(name, cache, programs):

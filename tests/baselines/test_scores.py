@@ -138,13 +138,17 @@ def test_blocks_of_queries_add_up(heads, monkeypatch):
     for block_size in (1, 5, 100):
         monkeypatch.setattr(scores, "WEIGHTS", block_size * COUNT)
 
-        def both(keys, values, queries):
+        def every(keys, values, queries):
             given = jnp.int32(0), keys, values, jnp.int32(length), queries
             head = Head.prepare(jax.random.key(0), *given, ragged=True)
             means = scores.mean_attention, scores.mean_squared_attention
-            return [mean(head, queries) for mean in means]
+            largest = scores.largest_attention(head, queries)
+            return [mean(head, queries) for mean in means], largest
 
-        for power, mean in enumerate(jax.jit(both)(keys, values, queries), start=1):
+        means, largest = jax.jit(every)(keys, values, queries)
+        np.testing.assert_allclose(largest[:length], shares.max(axis=0), rtol=1e-5)
+        np.testing.assert_array_equal(largest[length:], 0.0)
+        for power, mean in enumerate(means, start=1):
             np.testing.assert_allclose(mean[:length], (shares**power).mean(axis=0), rtol=1e-5)
             np.testing.assert_array_equal(mean[length:], 0.0)
 

@@ -14,7 +14,7 @@ from coreset_jax._src.core.head import Head
 from coreset_jax._src.geometry.kernel_geometry import balancing_geometry
 from coreset_jax.budgets.energy import energy
 from coreset_jax.budgets.pyramid import layer_budgets
-from coreset_jax.budgets.split import grid, split
+from coreset_jax.budgets.split import count_largest, grid, split
 from tests import brute_force
 from tests.budgets.conftest import COUNT, HEADS, LAYERS
 
@@ -81,6 +81,48 @@ def test_split_agrees_with_the_rule_written_out():
             np.testing.assert_array_equal(np.ravel(together[:, row]), expected)
 
 
+def count_by_hand(scores, mean, most):
+    """The largest of all heads one after another, as long as there are some and heads may."""
+    counts = [0] * len(scores)
+    ranked = [np.sort(row[np.isfinite(row)])[::-1][:most] for row in np.asarray(scores)]
+    places = [
+        (-row[rank], rank, head) for head, row in enumerate(ranked) for rank in range(len(row))
+    ]
+    for _, _, head in sorted(places)[: len(scores) * mean]:
+        counts[head] += 1
+    return counts
+
+
+def test_largest_scores_are_counted_as_by_hand():
+    rng = np.random.default_rng(2)
+    # Some are equal, and some are no numbers.
+    scores = np.round(rng.standard_normal((2, 3, 4, 12)), 1).astype(np.float32)
+    scores[0, 0, 1, :5], scores[1, 2, 3], scores[1, 1, 0, 3:] = np.nan, -np.inf, np.inf
+    for mean, most in ((3, 12), (3, 4), (0, 12), (12, 12), (11, 12), (5, 0)):
+
+        def count(scores, mean=mean, most=most):
+            axes = (2,), (0, 2), (0, 1, 2), (1,)
+            return [count_largest(scores, each, mean=mean, most=most) for each in axes]
+
+        last, outer, every, middle = map(np.asarray, jax.jit(count)(scores))
+        assert last.dtype == np.int32
+        np.testing.assert_array_equal(
+            every.ravel(), count_by_hand(scores.reshape(24, 12), mean, most)
+        )
+        for batch, row in np.ndindex(2, 3):
+            expected = count_by_hand(scores[batch, row], mean, most)
+            np.testing.assert_array_equal(last[batch, row], expected)
+        for row in range(3):
+            expected = count_by_hand(scores[:, row].reshape(8, 12), mean, most)
+            np.testing.assert_array_equal(outer[:, row].ravel(), expected)
+        for batch, head in np.ndindex(2, 4):
+            expected = count_by_hand(scores[batch, :, head], mean, most)
+            np.testing.assert_array_equal(middle[batch, :, head], expected)
+    # Equal heads share alike, whatever their scores.
+    alike = np.broadcast_to(scores[0, 0, 0], (4, 12))
+    np.testing.assert_array_equal(count_largest(jnp.asarray(alike), (0,), mean=5, most=9), 5)
+
+
 def attention_scores(keys, queries, scale, lengths):
     """Mean attention weights of the pairs, in float64."""
     scores = scale * np.einsum("...qd,...nd->...qn", np.float64(queries), np.float64(keys))
@@ -97,7 +139,7 @@ def test_adaptive_counts_the_largest_scores(cache):
         budget = budgets.adaptive(baselines.uniform(), scale=0.3, axes=axes)
         found = jax.jit(
             lambda *arrays, budget=budget: budget.shares(
-                driver.Cache(RNG, *arrays, measured=False), SIZE, None
+                driver.Cache(RNG, *arrays, scores=None, measured=False), SIZE, None
             )
         )(keys, values, lengths, queries)
         rows = scores.reshape(-1, HEADS * len(axes) * COUNT if len(axes) == 1 else scores.size)

@@ -13,6 +13,8 @@ MODULES = {
 MAY_IMPORT = {
     "common": {"common"},
     "model": {"common", "model"},
+    "tasks": {"tasks"},
+    "questions": {"common", "model", "tasks", "questions"},
     "caches": {"common", "model", "caches"},
     "decode": {"common", "model", "decode"},
     "leaderboard": {"common", "model", "leaderboard"},
@@ -52,6 +54,8 @@ def test_every_topic_has_its_program():
         "experiments.decode.decode",
         "experiments.leaderboard.leaderboard",
         "experiments.model.train_lm",
+        "experiments.questions.ask",
+        "experiments.questions.board",
         "experiments.theory.laws",
         "experiments.theory.lower_bound",
         "experiments.theory.sweep",

@@ -9,6 +9,7 @@ import pytest
 
 import coreset_jax as cj
 from coreset_jax._src.fit import pivots
+from coreset_jax._src.geometry.kernels import gaussian_kernel
 
 RNG = jax.random.key(0)
 
@@ -60,7 +61,11 @@ def test_padding_and_what_is_beside_giants_are_not_heavy():
 @functools.partial(jax.jit, static_argnames=("size", "block"))
 def _draw(rng, keys, importance, target, *, size, block):
     uniforms = jax.random.uniform(rng, (8, block + len(keys)), minval=1e-30)
-    return pivots.cholesky_pivots(uniforms, keys, importance, target, size=size, block=block)
+
+    def kernel_rows(drawn):
+        return gaussian_kernel(keys[drawn], keys)
+
+    return pivots.cholesky_pivots(uniforms, kernel_rows, importance, target, size=size, block=block)
 
 
 def draw(keys, importance, target, size, seed=0, block=8):

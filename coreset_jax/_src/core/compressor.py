@@ -169,6 +169,11 @@ class Compressor:
         unknown = ball.rho is None and ball.query_norm is None
         return self.needs_queries or ("query_norm" in self._leaves() and unknown)
 
+    @property
+    def reads_scores(self) -> bool:
+        """Whether scores of the pairs change what it returns."""
+        return any(child.reads_scores for child in self._children())
+
     def __call__(
         self,
         rng: Array,
@@ -178,6 +183,7 @@ class Compressor:
         size: int,
         lengths: Integer[Array, "*heads"] | None = None,
         queries: Float[Array, "*heads q d"] | None = None,
+        scores: Float[Array, "*heads n"] | None = None,
     ) -> Coreset:
         """Keeps at most ``size`` pairs of each head.
 
@@ -190,6 +196,9 @@ class Compressor:
           size: pairs to keep for each head, static.
           lengths: valid pairs of each head ``[...]``; the rest is padding and may hold anything.
           queries: sample queries ``[..., q, d]`` for methods that want them.
+          scores: the largest attention weight that any query gave each pair ``[..., n]``, for
+            methods that want it and would else have to find it from ``queries``, which are fewer;
+            see :mod:`coreset_jax.queries`.
 
         Returns:
           A coreset with ``min(size, n)`` slots a head; ``size >= n`` returns the cache itself. A
@@ -200,7 +209,7 @@ class Compressor:
           ValueError: on ill-fitting shapes, a ``size`` below 1, ``lengths`` outside ``1..n``,
             options that fit no head, or missing ``queries``, before any tracing.
         """
-        return driver.compress(self, rng, keys, values, size, lengths, queries, False)[0]
+        return driver.compress(self, rng, keys, values, size, lengths, queries, scores, False)[0]
 
     def with_info(
         self,
@@ -211,13 +220,14 @@ class Compressor:
         size: int,
         lengths: Integer[Array, "*heads"] | None = None,
         queries: Float[Array, "*heads q d"] | None = None,
+        scores: Float[Array, "*heads n"] | None = None,
     ) -> tuple[Coreset, Info]:
         """The same coreset, and what happened on the way to it.
 
         Arguments and errors are those of a call. The errors of fits in the kernel take a pass over
         all pairs of pairs: this is for looking, not for serving.
         """
-        return driver.compress(self, rng, keys, values, size, lengths, queries, True)
+        return driver.compress(self, rng, keys, values, size, lengths, queries, scores, True)
 
     def check_call(self, keys: Any, size: int, queries: Any) -> None:
         """Raises ``ValueError`` unless a call can be answered; for subclasses to extend.

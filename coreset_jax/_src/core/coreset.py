@@ -165,8 +165,16 @@ def concatenated(parts: Sequence[AnyCoreset], size: int) -> AnyCoreset:
 
 def packed(coreset: AnyCoreset) -> AnyCoreset:
     """The coreset with its empty slots last, the others in their order."""
-    order = jnp.argsort(coreset.indices < 0, axis=-1, stable=True)
+    return _arranged(coreset, jnp.argsort(coreset.indices < 0, axis=-1, stable=True))
 
+
+def ascending(coreset: AnyCoreset) -> AnyCoreset:
+    """The coreset with its pairs in the order of the source, and its empty slots last."""
+    places = jnp.where(coreset.indices < 0, jnp.iinfo(jnp.int32).max, coreset.indices)
+    return _arranged(coreset, jnp.argsort(places, axis=-1, stable=True))
+
+
+def _arranged(coreset: AnyCoreset, order: Int[Array, "*heads m"]) -> AnyCoreset:
     def arrange(leaf: Array) -> Array:
         spots = order.reshape(*order.shape, *(1,) * (leaf.ndim - order.ndim))
         return jnp.take_along_axis(leaf, spots, axis=order.ndim - 1)

@@ -35,6 +35,7 @@ class Cache(NamedTuple):
       values: values ``[..., n, dv]``.
       lengths: valid pairs of each head ``[...]``; ``None`` means all.
       queries: sample queries ``[..., q, d]``, or ``None``.
+      scores: the largest attention weight that any query gave each pair ``[..., n]``, or ``None``.
       measured: whether the errors of fits are wanted; not to be traced.
     """
 
@@ -43,6 +44,7 @@ class Cache(NamedTuple):
     values: Float[Array, "*heads n dv"]
     lengths: Integer[Array, "*heads"] | None
     queries: Float[Array, "*heads q d"] | None
+    scores: Float[Array, "*heads n"] | None
     measured: bool
 
     @property
@@ -77,6 +79,10 @@ class Method(Protocol):
     def reads_queries(self) -> bool:
         """Whether sample queries change what it returns."""
 
+    @property
+    def reads_scores(self) -> bool:
+        """Whether scores of the pairs change what it returns."""
+
     def fills(self, size: int) -> bool:
         """Whether none of ``size`` slots is empty in heads of as many pairs."""
 
@@ -91,7 +97,13 @@ class Method(Protocol):
 
 
 def check_arguments(
-    compressor: Method, keys: Any, values: Any, size: Any, lengths: Any, queries: Any
+    compressor: Method,
+    keys: Any,
+    values: Any,
+    size: Any,
+    lengths: Any,
+    queries: Any,
+    scores: Any,
 ) -> None:
     """Raises ``ValueError`` unless a call can be answered; see :class:`coreset_jax.Compressor`."""
     checks.check_cache(keys, values)
@@ -99,6 +111,8 @@ def check_arguments(
     checks.check_lengths(lengths, keys)
     if queries is not None:
         checks.check_queries(queries, keys)
+    if scores is not None:
+        checks.check_scores(scores, keys)
     compressor.check_call(keys, int(size), queries)
 
 
@@ -110,18 +124,20 @@ def compress(
     size: int,
     lengths: Integer[Array, "*heads"] | None,
     queries: Float[Array, "*heads q d"] | None,
+    scores: Float[Array, "*heads n"] | None,
     measured: bool,
 ) -> tuple[Coreset, Info]:
     """The coresets of all heads, and what happened; one compiled program for equal shapes."""
-    check_arguments(compressor, keys, values, size, lengths, queries)
+    check_arguments(compressor, keys, values, size, lengths, queries, scores)
     dtype = accumulation_dtype(keys, values)
     # Python numbers and arrays share a trace.
     options = jax.tree.map(
         lambda each: each if isinstance(each, jax.Array) else np.asarray(each, dtype), compressor
     )
     queries = queries if compressor.reads_queries else None
+    scores = scores if compressor.reads_scores else None
     return _compress(
-        options, rng, keys, values, lengths, queries, size=int(size), measured=measured
+        options, rng, keys, values, lengths, queries, scores, size=int(size), measured=measured
     )
 
 
@@ -133,11 +149,12 @@ def _compress(
     values: Float[Array, "*heads n dv"],
     lengths: Integer[Array, "*heads"] | None,
     queries: Float[Array, "*heads q d"] | None,
+    scores: Float[Array, "*heads n"] | None,
     *,
     size: int,
     measured: bool,
 ) -> tuple[Coreset, Info]:
-    cache = Cache(rng, keys, values, lengths, queries, measured)
+    cache = Cache(rng, keys, values, lengths, queries, scores, measured)
     return compressor.on_heads(cache, size)
 
 
@@ -167,7 +184,7 @@ def for_each_head(
         )
         return function(head, *more)
 
-    pairs = cache.keys, cache.values, cache.counts, cache.queries
+    pairs = cache.keys, cache.values, cache.counts, cache.queries, cache.scores
     return over_axes(one_head, cache.keys.ndim - 2)(
         spread(query_ball, cache), cache.numbers, pairs, *more
     )
@@ -176,17 +193,40 @@ def for_each_head(
 def over_heads(compressor: Method, cache: Cache, size: int) -> tuple[Coreset, Info]:
     """Compresses every head by itself, with a random key and options of its own."""
 
-    def compress_one(head: Head, compressor: Method) -> tuple[Coreset, Info]:
-        coreset, info = compressor.on_head(head, size)
-        if head.ragged or not compressor.fills(size):
+    def compress(head: Head, compressor: Method) -> tuple[Coreset, Info]:
+        return compressor.on_head(head, size)
+
+    options = spread(compressor, cache)
+    return coresets_of(compress, cache, compressor.query_ball, compressor.fills(size), options)
+
+
+def coresets_of(
+    compress: Callable[..., tuple[Coreset, Info]],
+    cache: Cache,
+    query_ball: Any,
+    fills: bool,
+    *more: Any,
+) -> tuple[Coreset, Info]:
+    """The coresets that a function makes of all heads: empty slots last, and NaN in all or none.
+
+    Arguments are those of :func:`for_each_head`, and whether it leaves no slot empty in heads of as
+    many pairs.
+    """
+
+    def compress_one(head: Head, *more: Any) -> tuple[Coreset, Info]:
+        coreset, info = compress(head, *more)
+        if head.ragged or not fills:
             coreset = packed(coreset)
         # A NaN anywhere in a head is one in all of it.
         sound = ~jnp.any(jnp.isnan(coreset.log_weights))
-        for array in (head.keys, head.values, *([] if head.queries is None else [head.queries])):
-            sound &= jnp.all(jnp.isfinite(array))
+        for array in (head.keys, head.values, head.queries):
+            if array is not None:
+                sound &= jnp.all(jnp.isfinite(array))
+        if head.scores is not None:
+            sound &= ~jnp.any(head.inside & jnp.isnan(head.scores))
         coreset = coreset._replace(log_weights=jnp.where(sound, coreset.log_weights, jnp.nan))
         if not head.measured:
             return coreset, Info()
         return coreset, info._replace(rho=head.standardization.rho)
 
-    return for_each_head(compress_one, cache, compressor.query_ball, spread(compressor, cache))
+    return for_each_head(compress_one, cache, query_ball, *more)

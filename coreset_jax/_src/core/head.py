@@ -14,7 +14,7 @@ from coreset_jax._src.core.coreset import Coreset, gather, whole_cache
 from coreset_jax._src.geometry.standardize import Standardization, largest_norm, standardize
 from coreset_jax._src.precision import accumulation_dtype
 
-_ARRAYS = ("rng", "number", "keys", "values", "length", "queries", "query_norm", "scale")
+_ARRAYS = ("rng", "number", "keys", "values", "length", "queries", "scores", "query_norm", "scale")
 _STATIC = ("ragged", "measured")
 
 
@@ -29,6 +29,8 @@ class Head:
       values: values ``[n, dv]``, likewise.
       length: how many pairs are valid; they come first.
       queries: raw sample queries ``[q, d]``, or ``None``.
+      scores: the largest attention weight that any query gave each pair ``[n]``, or ``None``;
+        those of padding are not looked at.
       query_norm: largest norm of a raw query.
       scale: the softmax scale.
       ragged: whether some of the pairs may be padding, static.
@@ -41,6 +43,7 @@ class Head:
     values: Float[Array, "n dv"]
     length: Int[Array, ""]
     queries: Float[Array, "q d"] | None
+    scores: Float[Array, " n"] | None
     query_norm: Float[Array, ""]
     scale: Float[Array, ""]
     ragged: bool
@@ -55,6 +58,7 @@ class Head:
         values: Float[Array, "n dv"],
         length: Int[Array, ""],
         queries: Float[Array, "q d"] | None,
+        scores: Float[Array, " n"] | None = None,
         *,
         ragged: bool,
         measured: bool = False,
@@ -78,13 +82,15 @@ class Head:
             lengths = length if ragged else None
             query_norm = standardize(keys, values, rho=rho, scale=scale, lengths=lengths).query_norm
         norm = zero + (largest_norm(queries, keys.shape[-1]) if query_norm is None else query_norm)
-        return cls(rng, number, keys, values, length, queries, norm, scale, ragged, measured)
+        return cls(
+            rng, number, keys, values, length, queries, scores, norm, scale, ragged, measured
+        )
 
     def part(self, **changes: Any) -> "Head":
         """A part of this head as a head of its own: its own units, and the same raw queries.
 
         Args:
-          **changes: its ``number``, ``keys``, ``values``, ``length`` and ``ragged``.
+          **changes: its ``number``, ``keys``, ``values``, ``scores``, ``length`` and ``ragged``.
         """
         part = dataclasses.replace(self, **changes)
         inside = part.inside[:, None]
@@ -140,6 +146,28 @@ class Head:
             return Coreset(self.keys[indices], self.values[indices], log_weights, indices)
         indices = jnp.where(indices < self.length, indices, -1)
         return gather(self.keys, self.values, indices, log_weights)
+
+    def largest(
+        self, scores: Float[Array, " n"], slots: int, budget: Int[Array, ""] | None = None
+    ) -> Coreset:
+        """The coreset of the pairs of largest score, each with weight one; of equal ones the first.
+
+        Args:
+          scores: one for each pair ``[n]``; those of padding are not looked at.
+          slots: slots of the coreset, static.
+          budget: pairs to keep, at most ``slots``; ``None`` means as many.
+        """
+        # Not top_k, whose choice among equal scores is not the same on every platform.
+        places = jnp.zeros_like(scores, jnp.int32) + jnp.arange(self.count, dtype=jnp.int32)
+        _, best = jax.lax.sort((jnp.where(self.inside, -scores, jnp.inf), places), num_keys=2)
+        weights = jnp.zeros_like(scores[:slots], self.dtype)
+        if budget is None:
+            # Padding comes last.
+            return self.pairs(jnp.sort(best[:slots]), weights)
+        held = jnp.arange(slots) < jnp.minimum(budget, self.length)
+        indices = jnp.sort(jnp.where(held, best[:slots], self.count))
+        indices = jnp.where(indices < self.count, indices, -1)
+        return gather(self.keys, self.values, indices, weights)
 
     def whole(self) -> Coreset:
         """All pairs with weight one."""

@@ -8,6 +8,7 @@ The factor is built a block of pivots at a time: all of a block are drawn at onc
 clash with one drawn before are sent back, so that nearly all of the work is matrix products.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -119,21 +120,20 @@ class _Factor(NamedTuple):
 
 def cholesky_pivots(
     uniforms: Float[Array, "rounds block_and_c"],
-    keys: Float[Array, "c d"],
+    kernel_rows: Callable[[Int[Array, " block"]], Float[Array, "block c"]],
     importance: Float[Array, " c"],
     target: Int[Array, ""],
     *,
     size: int,
     block: int,
 ) -> tuple[Int[Array, " size"], Int[Array, ""]]:
-    r"""Pivots of a randomly pivoted Cholesky factor of a Gaussian kernel.
+    r"""Pivots of a randomly pivoted Cholesky factor of a kernel.
 
-    .. math:: P(i) \propto p_i^2 \left( G_{ii} - G_{iS} G_{SS}^{-1} G_{Si} \right),
-              \qquad G_{ij} = e^{-\|k_i - k_j\|^2 / 2}
+    .. math:: P(i) \propto p_i^2 \left( G_{ii} - G_{iS} G_{SS}^{-1} G_{Si} \right)
 
     Args:
       uniforms: random numbers from ``(0, 1)`` for some rounds, ``[rounds, block + c]``.
-      keys: keys ``[c, d]``, scaled so that the kernel has no radius.
+      kernel_rows: rows of the kernel :math:`G` by their numbers; its diagonal is one.
       importance: :math:`\log p_i`, ``[c]``; what has :math:`-\infty` is never drawn.
       target: pivots to draw, at most ``size``.
       size: slots, static.
@@ -148,7 +148,7 @@ def cholesky_pivots(
       Epperly, Tropp, Webber, *Embrace rejection: kernel matrix approximation by accelerated
       randomly pivoted Cholesky*, 2024, arXiv 2410.03969.
     """
-    count, dtype = keys.shape[0], keys.dtype
+    count, dtype = importance.shape[0], importance.dtype
     rounding = _ROUNDINGS * float(jnp.finfo(dtype).eps)
     earlier = jnp.tri(block, k=-1, dtype=bool)
 
@@ -165,7 +165,7 @@ def cholesky_pivots(
         scores = jnp.log(factor.residuals / -jnp.log(draws[block:])) + 2 * importance
         best, drawn = jax.lax.top_k(scores, block)
         known = matmul(factor.rows[:, drawn].T, factor.rows)
-        rows = gaussian_kernel(keys[drawn], keys) - known
+        rows = kernel_rows(drawn) - known
         # Sent back with the probability of what it shares with one drawn before.
         corner = rows[:, drawn]
         diagonal = jnp.maximum(jnp.diagonal(corner), rounding)
@@ -191,8 +191,8 @@ def cholesky_pivots(
             jax.lax.dynamic_update_slice_in_dim(factor.picked, drawn, factor.found, 0),
         )
 
-    # Made from the keys, so that everything carried varies over the mesh axes that they do.
-    zeros = jnp.zeros_like(keys[:, 0])
+    # Made from the importance, so that everything carried varies over the mesh axes that it does.
+    zeros = jnp.zeros_like(importance)
     number = jnp.zeros_like(target)
     start = _Factor(
         number,
@@ -257,7 +257,7 @@ def select_pivots(
     excess = geometry.radius * geometry.true_squares(keys) - jnp.sum(jnp.square(near), axis=-1)
     picked, rounds = cholesky_pivots(
         uniforms[1:, : block + candidates],
-        near,
+        lambda drawn: gaussian_kernel(near[drawn], near),
         jnp.where(places < count, light[real] - excess / 2, -jnp.inf),
         jnp.minimum(size, head.length) - jnp.sum(heavy),
         size=size,

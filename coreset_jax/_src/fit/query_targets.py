@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from coreset_jax._src.attention import PartialAttention, merge, partial_attention
 from coreset_jax._src.core.coreset import Coreset
@@ -58,25 +58,19 @@ class QueryTargets(NamedTuple):
         return jnp.mean(jnp.sum(jnp.square(errors), axis=-1))
 
 
-def evaluate(head: Head, keys: Float[Array, "m d"], held: Bool[Array, " m"]) -> QueryTargets:
-    """Attention of a head's sample queries over all of its pairs, a block of them at a time.
+def sampled_attention(head: Head) -> tuple[Float[Array, "q d"], PartialAttention]:
+    """Unit sample queries of a head, and their attention over all of its pairs, of unit values.
 
     Args:
       head: a head with sample queries.
-      keys: raw keys of a coreset of it ``[m, d]``.
-      held: which of them are no empty slots ``[m]``.
+
+    Returns:
+      Unit queries ``[q, d]``, to be read with scale 1, and the state of their attention over unit
+      keys and values ``[q, ...]``, which was made of a block of pairs at a time.
     """
     assert head.queries is not None
-    standardization, dtype, count = head.standardization, head.dtype, head.count
+    standardization, dtype = head.standardization, head.dtype
     unit = standardization.unit_queries(head.queries)
-    width = min(count, max(_SCORES // unit.shape[0], 1))
-    blocks = -(-count // width)
-    rest = blocks * width - count
-    source = (
-        jnp.pad(head.keys, ((0, rest), (0, 0))).reshape(blocks, width, -1),
-        jnp.pad(head.values, ((0, rest), (0, 0))).reshape(blocks, width, -1),
-        jnp.pad(head.inside, (0, rest)).reshape(blocks, width),
-    )
 
     def add(
         state: PartialAttention, block: tuple[Array, Array, Array]
@@ -96,9 +90,39 @@ def evaluate(head: Head, keys: Float[Array, "m d"], held: Bool[Array, " m"]) -> 
     nothing = PartialAttention(
         zeros - jnp.inf, zeros, zeros[:, None] + jnp.zeros_like(head.values[:1], dtype)
     )
-    cache, _ = jax.lax.scan(add, nothing, source)
-    scores = inner_products(unit, standardization.unit_keys(keys))
-    return QueryTargets(standardization, unit, cache, jnp.where(held[None], scores, -jnp.inf))
+    source = pairs_in_blocks(head, unit.shape[0], head.inside)
+    return unit, jax.lax.scan(add, nothing, source)[0]
+
+
+def pairs_in_blocks(
+    head: Head, samples: int, marks: Bool[Array, " n"]
+) -> tuple[Shaped[Array, "blocks b d"], Shaped[Array, "blocks b dv"], Bool[Array, "blocks b"]]:
+    """Keys, values and a mark of each pair, in blocks whose scores by all samples can be held.
+
+    Behind the last pair there are zeros, and no marks.
+    """
+    width = min(head.count, max(_SCORES // samples, 1))
+    blocks = -(-head.count // width)
+    rest = blocks * width - head.count
+    return (
+        jnp.pad(head.keys, ((0, rest), (0, 0))).reshape(blocks, width, -1),
+        jnp.pad(head.values, ((0, rest), (0, 0))).reshape(blocks, width, -1),
+        jnp.pad(marks, (0, rest)).reshape(blocks, width),
+    )
+
+
+def evaluate(head: Head, keys: Float[Array, "m d"], held: Bool[Array, " m"]) -> QueryTargets:
+    """Attention of a head's sample queries over all of its pairs, and their scores of some keys.
+
+    Args:
+      head: a head with sample queries.
+      keys: raw keys of a coreset of it ``[m, d]``.
+      held: which of them are no empty slots ``[m]``.
+    """
+    unit, cache = sampled_attention(head)
+    scores = inner_products(unit, head.standardization.unit_keys(keys))
+    scores = jnp.where(held[None], scores, -jnp.inf)
+    return QueryTargets(head.standardization, unit, cache, scores)
 
 
 def unless_worse(

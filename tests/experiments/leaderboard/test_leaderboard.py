@@ -25,7 +25,7 @@ from experiments.common.methods import (
     chosen,
     identity,
 )
-from experiments.common.metrics import relative_error
+from experiments.common.metrics import coreset_bytes, relative_error
 from experiments.leaderboard import leaderboard
 from experiments.leaderboard import work as works
 from experiments.leaderboard.tables import gather
@@ -260,7 +260,7 @@ def test_quantized_caches_fit_into_their_share_of_the_bytes(ratio):
             if not method.has("whole"):
                 weights = jnp.arange(size, dtype=jnp.float32)
                 coreset = coreset._replace(log_weights=weights)
-            return works.coreset_bytes(coreset, method.bits)
+            return coreset_bytes(coreset, method.bits)
 
         assert weight(size) <= budget
         assert method.has("whole") or weight(size + 1) > budget
@@ -268,19 +268,19 @@ def test_quantized_caches_fit_into_their_share_of_the_bytes(ratio):
 
 def test_bytes_count_what_answers_depend_on():
     coreset = whole_cache(jnp.zeros((2, 8, 4)), jnp.zeros((2, 8, 3)))
-    assert works.coreset_bytes(coreset) == 2 * 8 * 7 * 4
+    assert coreset_bytes(coreset) == 2 * 8 * 7 * 4
     # One number a head.
     flat = coreset._replace(log_weights=jnp.zeros((2, 8)) + jnp.arange(2.0)[:, None])
-    assert works.coreset_bytes(flat) == 2 * 8 * 7 * 4
+    assert coreset_bytes(flat) == 2 * 8 * 7 * 4
     weighted = coreset._replace(log_weights=jnp.zeros((2, 8)).at[0, 0].set(1.0))
-    assert works.coreset_bytes(weighted) == 2 * 8 * 8 * 4
+    assert coreset_bytes(weighted) == 2 * 8 * 8 * 4
     signed = cj.baselines.SignedCoreset(*weighted, jnp.ones((2, 8)))
-    assert works.coreset_bytes(signed) == 2 * 8 * 9 * 4
+    assert coreset_bytes(signed) == 2 * 8 * 9 * 4
     # A slot that holds nothing takes nothing.
     empty = jnp.zeros((2, 8)).at[1, 6:].set(-jnp.inf)
-    assert works.coreset_bytes(coreset._replace(log_weights=empty)) == 14 * 7 * 4
+    assert coreset_bytes(coreset._replace(log_weights=empty)) == 14 * 7 * 4
     weighted = coreset._replace(log_weights=empty.at[0, 0].set(1.0))
-    assert works.coreset_bytes(weighted) == 14 * 8 * 4
+    assert coreset_bytes(weighted) == 14 * 8 * 4
 
 
 def test_errors_are_relative_to_the_mean_norm_of_a_head():

@@ -1,0 +1,1 @@
+"""Questions about documents whose caches were compressed before anybody asked."""

@@ -1,0 +1,56 @@
+"""The picture of the board: scores and divergences over ratios."""
+
+from __future__ import annotations
+
+import matplotlib.figure
+import ml_collections
+import numpy as np
+
+from experiments.common import figures
+from experiments.questions.entrants import FULL, chosen
+from experiments.questions.tables import Found, values
+
+
+def draw(config: ml_collections.ConfigDict, found: Found) -> matplotlib.figure.Figure:
+    """Scores of answers and divergences of methods, over the ratio of compression."""
+    figure = figures.new(10.0, 4.2)
+    scores, texts = figure.subplots(1, 2)
+    full = values(found, "score", method=FULL)
+    if full:
+        scores.axhline(float(np.mean(full)), color="#888888", linewidth=1)
+        scores.annotate(
+            "full cache",
+            (0.99, float(np.mean(full))),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="#555555",
+        )
+    for axes, entry, ratios, methods in (
+        (scores, "score", config.task_ratios, config.task_methods),
+        (texts, "divergence", config.ratios, config.methods),
+    ):
+        for entrant in chosen(methods):
+            if entrant.look is None:
+                continue
+            points = [
+                (ratio, float(np.mean(several)))
+                for ratio in ratios
+                if (several := values(found, entry, method=entrant.name, ratio=ratio))
+            ]
+            if points:
+                places, heights = zip(*points, strict=True)
+                axes.plot(places, heights, label=entrant.title, **entrant.look.options)
+        if ratios:
+            figures.doubling_axis(axes, ratios, "×")
+        axes.set_xlabel("pairs of the cache over pairs kept")
+        figures.grid(axes)
+    scores.set_ylim(0, 1.05)
+    scores.set_title("Questions about documents", fontsize=10)
+    scores.set_ylabel("share of references in the answer")
+    texts.set_yscale("log")
+    texts.set_title("Continuations of texts", fontsize=10)
+    texts.set_ylabel("divergence from the full cache, bits a token")
+    figures.legend_below(figure, texts, columns=3)
+    return figure
