@@ -16,6 +16,7 @@ Without a file, the document is Python's help with a number hidden in it. In ``<
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import textwrap
 import time
@@ -38,6 +39,8 @@ from experiments.questions.documents import Document
 from experiments.questions.entrants import CLASSES, Entrant, chosen
 from experiments.questions.work import divergence
 from experiments.tasks import prompt, registry
+from experiments.tasks.example import Example
+from experiments.tasks.prompt import Tokenizer
 
 _LINE = 96
 """Characters of an answer on one line."""
@@ -105,6 +108,17 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise FileNotFoundError(f"text names no file: {config.text}")
 
 
+def _hidden_inside(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Example:
+    """An example whose fact lies near neither end, where every method keeps all pairs."""
+    for seed in itertools.count(config.seed):
+        example = registry.generate(
+            "single_2", seed=seed, length=config.tokens, tokenizer=tokenizer
+        )
+        if 0.25 < example.facts[0][0] / len(example.context) < 0.75:
+            break
+    return example
+
+
 def question_of(config: ml_collections.ConfigDict, model: pretrained.Pretrained) -> Asked:
     """The document and the question that a configuration asks for.
 
@@ -113,9 +127,7 @@ def question_of(config: ml_collections.ConfigDict, model: pretrained.Pretrained)
     """
     tokenizer, limit = model.tokenizer, model.config.context_length
     if config.text is None:
-        example = registry.generate(
-            "single_2", seed=config.seed, length=config.tokens, tokenizer=tokenizer
-        )
+        example = _hidden_inside(config, tokenizer)
         document, question = prompt.prompt(example, tokenizer, chat=True)
         shown = f"{example.question} {example.answer_prefix} …"
         return Asked(document, question, shown, example.references)
@@ -258,7 +270,8 @@ def draw(found: list[tuple[str, Answer]], ratio: int) -> matplotlib.figure.Figur
     axes.set_yticks(range(len(shown)), [answer.title for answer in shown], fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(right=2 * max(answer.bits for answer in shown))
+    bits = [answer.bits for answer in shown]
+    axes.set_xlim(min(bits) / 3, 2 * max(bits))
     axes.set_xlabel(f"divergence from the full cache at {ratio}×, bits a token (log scale)")
     figures.grid(axes, "x")
     return figure
