@@ -86,46 +86,47 @@ def test_missing_package_is_named(folder: pathlib.Path, monkeypatch: pytest.Monk
                 pretrained.load(path)
 
 
-class TestSmolLM2:
-    @pytest.fixture(scope="class")
-    def loaded(self) -> pretrained.Pretrained:
-        try:
-            pretrained.wheel_file()
-        except ModuleNotFoundError as error:
-            pytest.skip(str(error))
-        return pretrained.load()
+@pytest.fixture(scope="module")
+def loaded() -> pretrained.Pretrained:
+    try:
+        pretrained.wheel_file()
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    return pretrained.load()
 
-    @pytest.fixture(scope="class")
-    def tokens(self, loaded: pretrained.Pretrained) -> np.ndarray:
-        from pydoc_data.topics import topics
 
-        text = " ".join(topics[name] for name in sorted(topics))
-        return np.asarray(loaded.tokenizer.encode(text[:20_000]))
+@pytest.fixture(scope="module")
+def tokens(loaded: pretrained.Pretrained) -> np.ndarray:
+    from pydoc_data.topics import topics
 
-    @pytest.mark.slow
-    def test_cost_of_prose(self, loaded: pretrained.Pretrained, tokens: np.ndarray) -> None:
-        found = reading.read(loaded.model, tokens[:1535])
-        predicted = jax.nn.log_softmax(loaded.model.logits(found.residual[None, 511:1535])[0])
-        taken = np.take_along_axis(np.asarray(predicted), tokens[512:1536, None], axis=1)
-        assert -taken.mean() == pytest.approx(2.235, abs=0.01)
+    text = " ".join(topics[name] for name in sorted(topics))
+    return np.asarray(loaded.tokenizer.encode(text[:20_000]))
 
-    @pytest.mark.slow
-    def test_logits_are_those_of_float64(
-        self, loaded: pretrained.Pretrained, tokens: np.ndarray
-    ) -> None:
-        expected = logits(loaded.config, checkpoint.parameters(loaded.model), tokens[:256])
-        found = reading.read(loaded.model, tokens[:256], chunk=128)
-        np.testing.assert_allclose(
-            loaded.model.logits(found.residual[None])[0], expected, rtol=0, atol=1e-3
-        )
-        assert np.std(expected) > 1
 
-    @pytest.mark.slow
-    def test_answers_a_question(self, loaded: pretrained.Pretrained) -> None:
-        tokenizer = loaded.tokenizer
-        question = "What is the capital of France?"
-        prompt = tokenizer.chat_prefix + question + tokenizer.chat_suffix
-        tokens = tokenizer.encode(prompt + "The capital of France is")
-        found = reading.read(loaded.model, tokens, chunk=32)
-        best = int(np.argmax(loaded.model.logits(found.residual[None, -1:])[0, 0]))
-        assert tokenizer.decode([best]) == " Paris"
+@pytest.mark.slow
+def test_cost_of_prose(loaded: pretrained.Pretrained, tokens: np.ndarray) -> None:
+    found = reading.read(loaded.model, tokens[:1535])
+    predicted = jax.nn.log_softmax(loaded.model.logits(found.residual[None, 511:1535])[0])
+    taken = np.take_along_axis(np.asarray(predicted), tokens[512:1536, None], axis=1)
+    assert -taken.mean() == pytest.approx(2.235, abs=0.01)
+
+
+@pytest.mark.slow
+def test_logits_are_those_of_float64(loaded: pretrained.Pretrained, tokens: np.ndarray) -> None:
+    expected = logits(loaded.config, checkpoint.parameters(loaded.model), tokens[:256])
+    found = reading.read(loaded.model, tokens[:256], chunk=128)
+    np.testing.assert_allclose(
+        loaded.model.logits(found.residual[None])[0], expected, rtol=0, atol=1e-3
+    )
+    assert np.std(expected) > 1
+
+
+@pytest.mark.slow
+def test_answers_a_question(loaded: pretrained.Pretrained) -> None:
+    tokenizer = loaded.tokenizer
+    question = "What is the capital of France?"
+    prompt = tokenizer.chat_prefix + question + tokenizer.chat_suffix
+    tokens = tokenizer.encode(prompt + "The capital of France is")
+    found = reading.read(loaded.model, tokens, chunk=32)
+    best = int(np.argmax(loaded.model.logits(found.residual[None, -1:])[0, 0]))
+    assert tokenizer.decode([best]) == " Paris"
