@@ -67,10 +67,10 @@ test: $(INSTALLED) ## all tests but the slow ones
 	$(PYTEST) -m "not slow" $(TESTS) $(ARGS)
 
 # Exit status 5: no test was selected.
-test-slow: $(INSTALLED) ## the slow tests
+test-slow: $(MODELS_INSTALLED) ## the slow tests, some of which read a pretrained model
 	$(PYTEST) -m slow $(ARGS) || test $$? -eq 5
 
-test-all: $(INSTALLED) ## all tests
+test-all: $(MODELS_INSTALLED) ## all tests
 	$(PYTEST) $(ARGS)
 
 test-oldest: ## all tests but the slow ones, with the oldest dependencies that pyproject.toml admits

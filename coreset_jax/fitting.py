@@ -25,8 +25,8 @@ _MOVED_TOGETHER = 256
 class pivoted(Compressor):  # noqa: N801
     r"""Heavy pairs, and pivots of a randomly pivoted Cholesky factor among the others.
 
-    It is made for a refit, such as :class:`coreset_jax.refit.move_keys`, to stand behind. By itself
-    it is no good answer: all pivots have one weight, and are anything but a sample.
+    Use it inside a refit, such as :class:`coreset_jax.refit.move_keys`. Alone it has a large error:
+    all pivots have the same weight, and they are no random sample of the pairs.
 
     Heavy pairs would be worth a slot each even if every other slot were shared evenly among the
     rest; they are kept in any case. The others are pivots, drawn with probability in proportion to
