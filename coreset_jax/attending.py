@@ -6,6 +6,7 @@ from coreset_jax._src import checks
 from coreset_jax._src.core.coreset import Coreset, ascending, concatenated
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
+from coreset_jax._src.fit.pivots import candidate_count
 from coreset_jax._src.fit.represent import represent
 from coreset_jax.budgets.looked_up import Division, KeepLookedUp
 
@@ -88,7 +89,7 @@ class attended(KeepLookedUp):  # noqa: N801
 
     def workspace(self, count: int, size: int, width: int) -> int:
         """Shares of the pivots' candidates, their kernel, and a block of scores."""
-        candidates = min(count, max(3 * size, 768))
+        candidates = candidate_count(count, size)
         return _SAMPLES * candidates + candidates * candidates + count * width
 
     def division(self, size: int) -> Division:

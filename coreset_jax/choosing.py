@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from coreset_jax._src.core.compressor import Compressor, Wrapper, leaf
@@ -86,12 +87,11 @@ class better_of(Wrapper):  # noqa: N801
         """Compresses the head twice, and judges."""
         assert head.queries is not None
         count = head.queries.shape[0]
-        judging = jnp.arange(count) % _HELD_BACK == min(_HELD_BACK // 2, count - 1)
-        # Static: how many there are is known.
-        (held_back,) = jnp.nonzero(judging, size=-(-(count - min(4, count - 1)) // _HELD_BACK))
-        (others,) = jnp.nonzero(~judging, size=count - len(held_back))
-        seen = dataclasses.replace(head, queries=head.queries[others])
-        judge = dataclasses.replace(head, queries=head.queries[held_back])
+        judging = np.arange(count) % _HELD_BACK == min(_HELD_BACK // 2, count - 1)
+        seen, judge = (
+            dataclasses.replace(head, queries=head.queries[np.flatnonzero(some)])
+            for some in (~judging, judging)
+        )
         found = [each.on_head(seen, size) for each in (self.compressor, self.other)]
         slots = max(coreset.keys.shape[0] for coreset, _ in found)
         (first, info), (second, other_info) = alike(found, slots)

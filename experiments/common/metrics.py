@@ -1,5 +1,7 @@
 """Errors of coresets, and means of them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,23 @@ def relative_error(
     outputs = cj.attend(queries, coreset, block_size=BLOCK_SIZE)
     norm = jnp.mean(jnp.linalg.norm(exact, axis=-1), axis=-1, keepdims=True)
     return jnp.linalg.norm(outputs - exact, axis=-1) / norm
+
+
+def divergence(
+    exact: Float[np.ndarray, "*batch length vocabulary"],
+    other: Float[np.ndarray, "*batch length vocabulary"],
+) -> Float[np.ndarray, "*batch"]:
+    r"""Bits a token that are lost by predicting as the other where tokens come as the exact says.
+
+    .. math:: \frac1n \sum_i \sum_b p_i(b) \log_2 \frac{p_i(b)}{q_i(b)}
+
+    Args:
+      exact: natural logarithms of :math:`p_i(b)`.
+      other: likewise of :math:`q_i(b)`.
+    """
+    exact, other = (np.asarray(each, np.float64) for each in (exact, other))
+    bits = np.sum(np.exp(exact) * (exact - other), axis=-1) / math.log(2)
+    return np.mean(bits, axis=-1)
 
 
 def geometric_mean(values: np.ndarray) -> float:

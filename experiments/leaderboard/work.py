@@ -2,7 +2,6 @@
 
 import bisect
 import functools
-import math
 import time
 from typing import Any, NamedTuple
 
@@ -18,7 +17,13 @@ from coreset_jax import baselines
 from coreset_jax._src.core.coreset import whole_cache
 from experiments.common import programs
 from experiments.common.methods import METHODS, Method
-from experiments.common.metrics import BLOCK_SIZE, FLOAT_BYTES, coreset_bytes, relative_error
+from experiments.common.metrics import (
+    BLOCK_SIZE,
+    FLOAT_BYTES,
+    coreset_bytes,
+    divergence,
+    relative_error,
+)
 from experiments.leaderboard import texts as kinds_of_text
 from experiments.model import decoding, lm, text
 
@@ -76,22 +81,6 @@ def read_texts(model: lm.Decoder, tokens: np.ndarray, prompt: int, fitting: int)
         asked,
         jnp.stack(exact),
     )
-
-
-def divergence(
-    exact: Float[np.ndarray, "*batch length 256"], other: Float[np.ndarray, "*batch length 256"]
-) -> Float[np.ndarray, "*batch"]:
-    r"""Bits a byte that are lost by predicting as the other where bytes come as the exact says.
-
-    .. math:: \frac1n \sum_i \sum_b p_i(b) \log_2 \frac{p_i(b)}{q_i(b)}
-
-    Args:
-      exact: natural logarithms of :math:`p_i(b)`.
-      other: likewise of :math:`q_i(b)`.
-    """
-    exact, other = (np.asarray(each, np.float64) for each in (exact, other))
-    bits = np.sum(np.exp(exact) * (exact - other), axis=-1) / math.log(2)
-    return np.mean(bits, axis=-1)
 
 
 def pairs_kept(method: Method, count: int, width: int, ratio: int) -> int:

@@ -210,11 +210,14 @@ def _embed(
     return model.embed(tokens, lengths[:, None] + jnp.arange(tokens.shape[1]), previous)
 
 
-@nnx.jit
-def _read(block: Any, cache: Any, x: Array, positions: Array) -> tuple[Array, Any]:
+def read_block(block: Any, cache: Any, x: Array, positions: Array) -> tuple[Array, Any]:
+    """Read tokens with one block: the residual stream behind it, and its cache behind them."""
     queries, keys, values = block.attention.project(block.attention_norm(x), positions)
-    x = x + block.attention.merge(cache.attend(queries, keys, values))
+    x = x + block.attention.merge(cache.attend(queries, keys, values)).astype(x.dtype)
     return x + block.mlp(block.mlp_norm(x)), cache.append(keys, values)
+
+
+_read = nnx.jit(read_block)
 
 
 @nnx.jit

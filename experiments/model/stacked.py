@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import coreset_jax as cj
-from experiments.model.decoding import CoresetPrompt, FullCache
+from experiments.model.decoding import CoresetPrompt, FullCache, read_block
 
 State = Any
 """Parameters as Flax splits them from a module."""
@@ -103,11 +103,9 @@ def _layers(
 
     def layer(x: Array, parts: tuple[State, CoresetPrompt]) -> tuple[Array, Any]:
         state, cache = parts
-        block = nnx.merge(graph, state)
-        queries, keys, values = block.attention.project(block.attention_norm(x), positions)
-        x = x + block.attention.merge(cache.attend(queries, keys, values)).astype(x.dtype)
+        x, cache = read_block(nnx.merge(graph, state), cache, x, positions)
         # The coreset stays what it is, and is not handed through the loop.
-        return x + block.mlp(block.mlp_norm(x)), cache.append(keys, values)[1:]
+        return x, cache[1:]
 
     x, (recent, lengths) = jax.lax.scan(layer, x, (blocks, caches))
     return model.logits(x)[0], CoresetPrompt(caches.coreset, recent, lengths)

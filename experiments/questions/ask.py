@@ -30,14 +30,13 @@ from absl import logging
 
 import coreset_jax as cj
 from experiments.common import command, figures, progress, results
-from experiments.common.metrics import coreset_bytes
+from experiments.common.metrics import coreset_bytes, divergence
 from experiments.common.tables import print_table, stamp
 from experiments.model import pretrained
 from experiments.questions import documents
 from experiments.questions.answers import Conversation
 from experiments.questions.documents import Document
 from experiments.questions.entrants import CLASSES, Entrant, chosen
-from experiments.questions.work import divergence
 from experiments.tasks import prompt, registry
 from experiments.tasks.example import Example
 from experiments.tasks.prompt import Tokenizer
@@ -194,7 +193,7 @@ def ask(
     heard = again.predictions(told)
     full = Full(told, heard) if full is None else full
     title = "full cache" if entrant is None else entrant.title
-    bits = divergence(full.expected, heard)
+    bits = float(divergence(full.expected, heard))
     return Answer(title, said.strip(), bits, nbytes, seconds), full
 
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 import coreset_jax as cj
 from experiments.common import programs
-from experiments.common.metrics import BLOCK_SIZE, coreset_bytes, relative_error
+from experiments.common.metrics import BLOCK_SIZE, coreset_bytes, divergence, relative_error
 from experiments.model import pretrained, reading
 from experiments.questions import documents, texts
 from experiments.questions.answers import Conversation
@@ -147,7 +147,7 @@ class Work:
         heard = conversation.predictions(tokens[length:-1].tolist())
         errors = np.asarray(relative_error(asked, exact, coreset))
         return found | {
-            "divergence": divergence(expected, heard),
+            "divergence": float(divergence(expected, heard)),
             "mean": errors.mean(axis=-1),
             "tail": np.quantile(errors, 0.99, axis=-1),
             "kept": np.asarray((coreset.log_weights != -jnp.inf).sum(axis=-1)),
@@ -178,18 +178,3 @@ def _failed(cell: Cell, error: Exception) -> Cell:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     logging.warning("%s at %d×: %s", cell["method"], cell["ratio"], reason)
     return {"failed": reason}
-
-
-def divergence(
-    exact: Float[np.ndarray, "n vocabulary"], other: Float[np.ndarray, "n vocabulary"]
-) -> float:
-    r"""Bits a token that are lost by predicting as the other where tokens come as the exact says.
-
-    .. math:: \frac1n \sum_i \sum_b p_i(b) \log_2 \frac{p_i(b)}{q_i(b)}
-
-    Args:
-      exact: natural logarithms of :math:`p_i(b)`.
-      other: likewise of :math:`q_i(b)`.
-    """
-    bits = np.sum(np.exp(exact) * (exact - other), axis=-1, dtype=np.float64) / math.log(2)
-    return float(bits.mean())

@@ -23,6 +23,9 @@ from coreset_jax._src.geometry.kernels import gaussian_kernel
 from coreset_jax._src.geometry.solves import cholesky_factor, one_by_one
 from coreset_jax._src.precision import matmul
 
+KernelRows = Callable[[Int[Array, " block"]], Float[Array, "block c"]]
+"""Rows of a kernel between some candidates, by their numbers."""
+
 # Pairs that may become pivots, for each that will, and no fewer than so many in all.
 _CANDIDATES = 3
 _FEWEST_CANDIDATES = 768
@@ -120,7 +123,7 @@ class _Factor(NamedTuple):
 
 def cholesky_pivots(
     uniforms: Float[Array, "rounds block_and_c"],
-    kernel_rows: Callable[[Int[Array, " block"]], Float[Array, "block c"]],
+    kernel_rows: KernelRows,
     importance: Float[Array, " c"],
     target: Int[Array, ""],
     *,
@@ -220,6 +223,73 @@ def candidate_count(count: int, size: int) -> int:
     return min(count, max(_CANDIDATES * size, _FEWEST_CANDIDATES))
 
 
+def draw_pivots(
+    key: Array,
+    importance: Float[Array, " n"],
+    target: Int[Array, ""],
+    kernel_of: Callable[[Int[Array, " c"]], tuple[KernelRows, Float[Array, " c"]]],
+    *,
+    size: int,
+    power: float,
+) -> tuple[Int[Array, " size"], Int[Array, ""]]:
+    """Pivots of a head: candidates by importance, and among them those of a Cholesky factor.
+
+    Args:
+      key: a random key.
+      importance: logarithms ``[n]``; what has minus infinity is never drawn.
+      target: pivots to draw, at most ``size``.
+      kernel_of: of the places of candidates, in their order, the rows of their kernel by number,
+        and what is to be added to their importance.
+      size: slots, static.
+      power: candidates are drawn in proportion to this power of importance, static.
+
+    Returns:
+      Places of the pivots ``[size]``, and the rounds that it took; ``n`` in slots without one.
+    """
+    count, dtype = importance.shape[0], importance.dtype
+    candidates = candidate_count(count, size)
+    block = min(max(_FEWEST_DRAWN, size // _SHARE_DRAWN), candidates)
+    # A row for the choice of candidates, and one for each round; padding behind pairs changes none.
+    # Drawn as a vector: a CPU's compiler unrolls short rows, and the generator is long.
+    rows = 1 + _DRAWN_ROUNDS
+    uniforms = jax.random.uniform(
+        key, ((block + count) * rows,), dtype, minval=jnp.finfo(dtype).tiny
+    )
+    uniforms = uniforms.reshape(-1, rows).T
+    scores = power * importance
+    if candidates < count:
+        scores -= jnp.log(-jnp.log(uniforms[0, block:]))
+    scores, drawn = jax.lax.top_k(scores, candidates)
+    # In the order of the sequence, behind them what cannot be drawn.
+    places = jnp.sort(jnp.where(jnp.isfinite(scores), drawn, count))
+    real = jnp.minimum(places, count - 1)
+    kernel_rows, change = kernel_of(real)
+    picked, rounds = cholesky_pivots(
+        uniforms[1:, : block + candidates],
+        kernel_rows,
+        jnp.where(places < count, importance[real] + change, -jnp.inf),
+        target,
+        size=size,
+        block=block,
+    )
+    return jnp.where(
+        picked < candidates, places[jnp.minimum(picked, candidates - 1)], count
+    ), rounds
+
+
+def first_places(
+    chosen: Bool[Array, " n"], allowed: Bool[Array, " n"], size: int
+) -> Int[Array, " size"]:
+    """Places of what was chosen, in order, and where slots are left the first that are allowed.
+
+    ``n`` in slots that are left then.
+    """
+    count = chosen.shape[0]
+    rank = jnp.where(chosen, 0, jnp.where(allowed, 1, 2))
+    ranks, places = jax.lax.sort((rank, jnp.arange(count, dtype=jnp.int32)), num_keys=2)
+    return jnp.sort(jnp.where(ranks[:size] < 2, places[:size], count))
+
+
 def select_pivots(
     head: Head, size: int, kernel_radius: Float[Array, ""] | None
 ) -> tuple[Coreset, Info]:
@@ -235,39 +305,24 @@ def select_pivots(
     importance = log_importance(geometry, head.keys, head.values, head.inside)
     heavy = heavy_pairs(importance, size)
     light = jnp.where(heavy, -jnp.inf, importance)
-    candidates = candidate_count(count, size)
-    block = min(max(_FEWEST_DRAWN, size // _SHARE_DRAWN), candidates)
-    # A row for the choice of candidates, and one for each round; padding behind pairs changes none.
-    # Drawn as a vector: a CPU's compiler unrolls short rows, and the generator is long.
-    rows = 1 + _DRAWN_ROUNDS
-    uniforms = jax.random.uniform(
-        head.key, ((block + count) * rows,), dtype, minval=jnp.finfo(dtype).tiny
-    )
-    uniforms = uniforms.reshape(-1, rows).T
-    scores = _CANDIDATE_POWER * light
-    if candidates < count:
-        scores -= jnp.log(-jnp.log(uniforms[0, block:]))
-    scores, drawn = jax.lax.top_k(scores, candidates)
-    # In the order of the sequence, behind them what cannot be drawn.
-    places = jnp.sort(jnp.where(jnp.isfinite(scores), drawn, count))
-    real = jnp.minimum(places, count - 1)
-    keys = head.keys[real]
-    near = geometry.scaled(keys)
-    # A key that is drawn in counts as one that lies there.
-    excess = geometry.radius * geometry.true_squares(keys) - jnp.sum(jnp.square(near), axis=-1)
-    picked, rounds = cholesky_pivots(
-        uniforms[1:, : block + candidates],
-        lambda drawn: gaussian_kernel(near[drawn], near),
-        jnp.where(places < count, light[real] - excess / 2, -jnp.inf),
+
+    def kernel_of(places: Array) -> tuple[KernelRows, Array]:
+        keys = head.keys[places]
+        near = geometry.scaled(keys)
+        # A key that is drawn in counts as one that lies there.
+        excess = geometry.radius * geometry.true_squares(keys) - jnp.sum(jnp.square(near), axis=-1)
+        return lambda drawn: gaussian_kernel(near[drawn], near), -excess / 2
+
+    picked, rounds = draw_pivots(
+        head.key,
+        light,
         jnp.minimum(size, head.length) - jnp.sum(heavy),
+        kernel_of,
         size=size,
-        block=block,
+        power=_CANDIDATE_POWER,
     )
-    picked = jnp.where(picked < candidates, places[jnp.minimum(picked, candidates - 1)], count)
     # Where copies leave nothing to draw, slots go to whatever comes first.
-    rank = jnp.where(heavy.at[picked].set(True, mode="drop"), 0, jnp.where(head.inside, 1, 2))
-    ranks, chosen = jax.lax.sort((rank, jnp.arange(count, dtype=jnp.int32)), num_keys=2)
-    indices = jnp.sort(jnp.where(ranks[:size] < 2, chosen[:size], count))
+    indices = first_places(heavy.at[picked].set(True, mode="drop"), head.inside, size)
     # What asks nothing, or beyond all numbers, has no geometry to pick in.
     sound = jnp.isfinite(geometry.radius) & (geometry.radius > 0)
     others = jnp.minimum(size, head.length) - jnp.sum(heavy)

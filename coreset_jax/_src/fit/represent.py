@@ -16,9 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
-from coreset_jax._src.fit.pivots import candidate_count, cholesky_pivots
+from coreset_jax._src.fit.pivots import KernelRows, draw_pivots, first_places
 from coreset_jax._src.fit.query_targets import pairs_in_blocks, sampled_attention
-from coreset_jax._src.geometry.solves import solve_definite
+from coreset_jax._src.geometry.solves import (
+    cholesky_factor,
+    identity_like,
+    one_by_one,
+    solve_factored,
+)
 from coreset_jax._src.precision import inner_products, matmul
 
 # One sample of so many is held back, to judge the fit.
@@ -32,9 +37,6 @@ _LEAST_WEIGHT = 0.02
 
 # No value lies further out than so many times the farthest of the cache.
 _FARTHEST_VALUE = 4.0
-
-# Pivots that are drawn at once, and rounds for which random numbers are made in advance.
-_DRAWN_AT_ONCE, _DRAWN_ROUNDS = 16, 8
 
 
 class _Rest(NamedTuple):
@@ -89,40 +91,23 @@ def _pivots(
     head: Head, rest: Bool[Array, " n"], seen: _Rest, slots: int
 ) -> tuple[Int[Array, " slots"], Int[Array, ""]]:
     """Pivots among the pairs that are not kept, ``n`` in empty slots, and the rounds it took."""
-    count, dtype = head.count, head.dtype
     spread = head.standardization.value_spread
     gains = jnp.square(1 / jnp.where(spread > 0, spread, 1))
     masses = jnp.sum(jnp.square(head.standardization.unit_values(head.values)), axis=-1)
     importance = jnp.where(rest, seen.log_norms + jnp.log1p(gains * masses) / 2, -jnp.inf)
-    candidates = candidate_count(count, slots)
-    block = min(max(_DRAWN_AT_ONCE, slots // 6), candidates)
-    rows = 1 + _DRAWN_ROUNDS
-    # Drawn as a vector: a CPU's compiler unrolls short rows, and the generator is long.
-    uniforms = jax.random.uniform(
-        head.key, ((block + count) * rows,), dtype, minval=jnp.finfo(dtype).tiny
-    )
-    uniforms = uniforms.reshape(-1, rows).T
-    scores, drawn = jax.lax.top_k(importance - jnp.log(-jnp.log(uniforms[0, block:])), candidates)
-    places = jnp.sort(jnp.where(jnp.isfinite(scores), drawn, count))
-    real = jnp.minimum(places, count - 1)
-    found = places < count
-    features = seen.shares(head.standardization.unit_keys(head.keys[real]))
-    lengths = jnp.sqrt(jnp.sum(jnp.square(features), axis=0))
-    features = features * jnp.where(found & (lengths > 0), 1 / lengths, 0)[None]
-    kernel = matmul(features.T, features)
-    picked, rounds = cholesky_pivots(
-        uniforms[1:, : block + candidates],
-        lambda drawn: kernel[drawn],
-        jnp.where(found & (lengths > 0), importance[real], -jnp.inf),
-        jnp.minimum(slots, jnp.sum(rest)),
-        size=slots,
-        block=block,
-    )
-    picked = jnp.where(picked < candidates, places[jnp.minimum(picked, candidates - 1)], count)
+
+    def kernel_of(places: Array) -> tuple[KernelRows, Array]:
+        features = seen.shares(head.standardization.unit_keys(head.keys[places]))
+        lengths = jnp.sqrt(jnp.sum(jnp.square(features), axis=0))
+        features = features * jnp.where(lengths > 0, 1 / lengths, 0)[None]
+        kernel = matmul(features.T, features)
+        return lambda drawn: kernel[drawn], jnp.where(lengths > 0, 0, -jnp.inf)
+
+    target = jnp.minimum(slots, jnp.sum(rest))
+    picked, rounds = draw_pivots(head.key, importance, target, kernel_of, size=slots, power=1.0)
     # Where few pairs are left, or what samples see leaves nothing to draw, slots go to any of them.
-    rank = jnp.where(rest, 1, 2).at[picked].set(0, mode="drop")
-    ranks, chosen = jax.lax.sort((rank, jnp.arange(count, dtype=jnp.int32)), num_keys=2)
-    return jnp.sort(jnp.where(ranks[:slots] < 2, chosen[:slots], count)), rounds
+    chosen = jnp.zeros_like(rest).at[picked].set(True, mode="drop")
+    return first_places(chosen, rest, slots), rounds
 
 
 def represent(head: Head, rest: Bool[Array, " n"], slots: int) -> tuple[Coreset, Info]:
@@ -210,10 +195,10 @@ def _solved(
     scales = jnp.where(lengths > 0, 1 / lengths, 0)
     features = shares * scales[None]
     normal = matmul(features.T, features)
-    normal = normal + _STRENGTH * jnp.eye(len(own), dtype=normal.dtype)
+    factor = one_by_one(cholesky_factor)(normal + _STRENGTH * identity_like(normal))
 
     def change(wanted: Array) -> Array:
-        return scales[:, None] * solve_definite(normal, matmul(features.T, wanted))
+        return scales[:, None] * solve_factored(factor, matmul(features.T, wanted))
 
     weights = own[:, -1] * common
     weights = weights + change((missing[:, -1] - matmul(shares, weights))[:, None])[:, 0]

@@ -77,10 +77,16 @@ def cholesky_factor(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:
 
 def solve_definite(matrix: Float[Array, "m m"], right: Float[Array, "m c"]) -> Float[Array, "m c"]:
     """The solution for a positive definite matrix by its Cholesky factor; NaN where it has none."""
+    return one_by_one(lambda matrix, right: _substituted(cholesky_factor(matrix), right))(
+        matrix, right
+    )
 
-    def solve(matrix: Array, right: Array) -> Array:
-        lower = cholesky_factor(matrix)
-        solved = jax.lax.linalg.triangular_solve(lower, right.T, lower=True, transpose_a=True)
-        return jax.lax.linalg.triangular_solve(lower, solved, lower=True).T
 
-    return one_by_one(solve)(matrix, right)
+def solve_factored(factor: Float[Array, "m m"], right: Float[Array, "m c"]) -> Float[Array, "m c"]:
+    """The solution for a positive definite matrix of which the lower Cholesky factor is known."""
+    return one_by_one(_substituted)(factor, right)
+
+
+def _substituted(lower: Array, right: Array) -> Array:
+    solved = jax.lax.linalg.triangular_solve(lower, right.T, lower=True, transpose_a=True)
+    return jax.lax.linalg.triangular_solve(lower, solved, lower=True).T

@@ -25,7 +25,7 @@ from experiments.common.methods import (
     chosen,
     identity,
 )
-from experiments.common.metrics import coreset_bytes, relative_error
+from experiments.common.metrics import coreset_bytes, divergence, relative_error
 from experiments.leaderboard import leaderboard
 from experiments.leaderboard import work as works
 from experiments.leaderboard.tables import gather
@@ -114,7 +114,7 @@ def test_the_whole_cache_costs_what_the_model_costs(model):
 def test_divergence_against_brute_force_and_its_theorems():
     rng = np.random.default_rng(0)
     exact, other = np.log(rng.dirichlet(np.ones(256), (2, 2, 5)))
-    found = works.divergence(exact, other)
+    found = divergence(exact, other)
     for row in range(2):
         bits = [
             sum(np.exp(p) * np.log2(np.exp(p) / np.exp(q)) for p, q in zip(*each, strict=True))
@@ -122,7 +122,7 @@ def test_divergence_against_brute_force_and_its_theorems():
         ]
         np.testing.assert_allclose(found[row], np.mean(bits), rtol=1e-9)
     assert np.all(found > 0)
-    np.testing.assert_array_equal(works.divergence(exact, exact), np.zeros(2))
+    np.testing.assert_array_equal(divergence(exact, exact), np.zeros(2))
 
 
 @pytest.mark.slow

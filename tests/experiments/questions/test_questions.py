@@ -10,11 +10,11 @@ import pytest
 import coreset_jax as cj
 from configs import ask as ask_config
 from configs import questions as questions_config
+from experiments.common.metrics import divergence
 from experiments.model import llama, reading
 from experiments.model.pretrained import Pretrained
 from experiments.questions import ask, board, documents, entrants, texts
 from experiments.questions.answers import Conversation
-from experiments.questions.work import divergence
 from tests.experiments.model.tiny_llama import PLAIN, tiny
 
 TOKENS = np.random.default_rng(0).integers(0, 256, 140)
