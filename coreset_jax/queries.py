@@ -12,7 +12,7 @@ are not known, but others like them are:
 - ``reconstruction``: the model reads its context once more behind the full cache, as if it were to
   repeat it, and the queries of that pass are taken (KVzip). It costs about two prefills.
 
-:func:`select` takes the first three from a prompt's queries. Where a prompt is read in chunks, or
+:func:`select` takes some of a prompt's queries, moved or not. Where a prompt is read in chunks, or
 read again, :func:`observe` keeps a running score of every pair and a thinned-out sample, so that
 memory does not grow with the number of queries::
 
@@ -36,11 +36,12 @@ from coreset_jax._src.core.compressor import QueryBall
 from coreset_jax._src.core.driver import Cache, for_each_head
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.turns import in_turns
+from coreset_jax._src.geometry.rotary import turned
 from coreset_jax._src.precision import accumulation_dtype
 from coreset_jax._src.queries.scores import WEIGHTS, largest_attention
 
-Source = Literal["last", "spread", "ahead"]
-"""Where samples are taken from a prompt's own queries; see the module."""
+Source = Literal["last", "spread"]
+"""Which of some queries are taken; see :func:`select`."""
 
 # Positions behind the prompt over which queries are spread. They hardly matter: between 64 and
 # 1024, the divergence of a pretrained model over compressed caches changed by a third.
@@ -148,11 +149,7 @@ def ahead(
     distances = jnp.broadcast_to(start + positions % horizon - positions, queries.shape[:-1])
     turns = jnp.broadcast_to(frequencies.astype(dtype), (*queries.shape[:-1], half))
     angles = distances[..., None].astype(dtype) * turns
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    wide = queries.astype(dtype)
-    first, second, others = jnp.split(wide, [half, 2 * half], axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin, others]
-    return jnp.concatenate(turned, axis=-1).astype(queries.dtype)
+    return turned(queries, angles)
 
 
 def select(
@@ -163,8 +160,7 @@ def select(
     Args:
       queries: all of them, in the order of their tokens ``[..., q, d]``.
       count: how many are wanted, static.
-      source: ``"last"`` for the last ones; ``"spread"`` for some that are evenly spread, and
-        ``"ahead"`` likewise, of queries that :func:`ahead` has moved.
+      source: ``"last"`` for the last ones, ``"spread"`` for some that are evenly spread.
 
     Returns:
       ``min(count, q)`` queries ``[..., s, d]``.
@@ -178,8 +174,8 @@ def select(
     """
     checks.check_floating("queries", queries)
     checks.check_count("count", count)
-    if source not in ("last", "spread", "ahead"):
-        raise ValueError(f"source must be 'last', 'spread' or 'ahead', got {source!r}.")
+    if source not in ("last", "spread"):
+        raise ValueError(f"source must be 'last' or 'spread', got {source!r}.")
     whole = queries.shape[-2]
     if count >= whole:
         return queries

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from coreset_jax._src.geometry.rotary import turned
 from coreset_jax._src.precision import accumulation_dtype
 
 
@@ -37,11 +38,7 @@ def rotate(
     half = array.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=accumulation_dtype(array)) / half)
     angles = positions[..., None, None].astype(frequencies.dtype) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    wide = array.astype(accumulation_dtype(array))
-    first, second = jnp.split(wide, 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(array.dtype)
+    return turned(array, angles)
 
 
 def rotate_behind(

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from coreset_jax._src.geometry.rotary import turned
 from experiments.model import text
 from experiments.model.attention import causal_attention
 
@@ -89,9 +90,7 @@ def rope(
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned(x.astype(jnp.float32), angles)
 
 
 class Attention(nnx.Module):

@@ -21,7 +21,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from experiments.model.attention import causal_attention
+from coreset_jax._src.geometry.rotary import turned
+from experiments.model import decoder
 from experiments.model.decoder import Pairs, Positions, Queries, Residual, checked
 
 DTYPES = ("float32", "bfloat16")
@@ -142,9 +143,7 @@ def rotate(
       The rotated `x`, float32.
     """
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned(x.astype(jnp.float32), angles)
 
 
 def _linear(
@@ -166,8 +165,8 @@ def _norm(width: int, config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=jnp.float32, rngs=rngs)
 
 
-class Attention(nnx.Module):
-    """Grouped-query causal self-attention with rotary positions."""
+class Attention(decoder.Attention):
+    """Grouped-query causal self-attention with rotary positions, of any Llama-like model."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -200,14 +199,6 @@ class Attention(nnx.Module):
             values.astype(jnp.float32),
         )
 
-    def merge(self, heads: Queries) -> Residual:
-        """Mix the outputs of all heads back into the residual stream."""
-        return self.out(heads.reshape(*heads.shape[:-2], -1))
-
-    def __call__(self, x: Residual, positions: Positions) -> Residual:
-        """Project, attend to the past, merge."""
-        return self.merge(causal_attention(*self.project(x, positions)))
-
 
 class MLP(nnx.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
@@ -222,7 +213,7 @@ class MLP(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-class Block(nnx.Module):
+class Block(decoder.Block):
     """Pre-norm attention, then pre-norm MLP, each added to the residual stream."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -230,11 +221,6 @@ class Block(nnx.Module):
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.mlp_norm = _norm(config.embed_dim, config, rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Residual, positions: Positions) -> Residual:
-        """Return the residual stream behind the block."""
-        x = x + self.attention(self.attention_norm(x), positions)
-        return x + self.mlp(self.mlp_norm(x))
 
 
 class Llama(nnx.Module):
