@@ -200,7 +200,7 @@ class Attention(decoder.Attention):
         )
 
 
-class MLP(nnx.Module):
+class MLP(decoder.MLP):
     """SwiGLU (Shazeer, arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, config: LlamaConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
