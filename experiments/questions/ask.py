@@ -22,13 +22,11 @@ import textwrap
 import time
 from typing import Any, NamedTuple
 
-import jax
 import matplotlib.figure
 import ml_collections
 import numpy as np
 from absl import logging
 
-import coreset_jax as cj
 from experiments.common import command, figures, progress, results
 from experiments.common.metrics import coreset_bytes, divergence
 from experiments.common.tables import print_table, stamp
@@ -166,22 +164,11 @@ def ask(
       full: what the full cache says and expects; `None` if this is it.
     """
     begun = time.perf_counter()
-    coreset: cj.Coreset | None = None
-    nbytes = sum(
-        each[..., : document.length, :].nbytes for each in (document.keys, document.values)
-    )
+    coreset, nbytes = None, document.nbytes
     if entrant is not None:
-        shape = model.config
-        compressor = entrant.make(shape.num_query_heads // shape.num_kv_heads)
-        coreset = jax.block_until_ready(
-            compressor(
-                jax.random.key(config.seed),
-                document.keys,
-                document.values,
-                size=max(document.keys.shape[-2] // config.ratio, 1),
-                lengths=document.lengths,
-                **document.given(entrant.source),
-            )
+        compressor = entrant.make(model.config.num_query_heads // model.config.num_kv_heads)
+        coreset = document.compressed(
+            compressor, entrant.source, ratio=config.ratio, seed=config.seed
         )
         nbytes = coreset_bytes(coreset)
     seconds = time.perf_counter() - begun

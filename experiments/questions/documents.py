@@ -74,6 +74,31 @@ class Document:
         """Valid pairs of every head."""
         return jnp.full(self.keys.shape[:2], self.length, jnp.int32)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the full cache, without padding."""
+        return sum(each[..., : self.length, :].nbytes for each in (self.keys, self.values))
+
+    def size_at(self, ratio: int) -> int:
+        """Pairs a head, in the mean, that a method may keep at a ratio."""
+        return max(self.keys.shape[-2] // ratio, 1)
+
+    def compressed(
+        self, compressor: cj.Compressor, source: str, *, ratio: int, seed: int
+    ) -> cj.Coreset:
+        """The coreset of the cache by a method that is given a source; see `SOURCES`."""
+        coreset: cj.Coreset = jax.block_until_ready(
+            compressor(
+                jax.random.key(seed),
+                self.keys,
+                self.values,
+                size=self.size_at(ratio),
+                lengths=self.lengths,
+                **self.given(source),
+            )
+        )
+        return coreset
+
     def given(self, source: str) -> dict[str, Array]:
         """What a method is called with that knows this much; see `SOURCES`.
 

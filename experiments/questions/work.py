@@ -63,22 +63,13 @@ class Work:
     def _compressed(self, document: Document, cell: Cell) -> tuple[cj.Coreset | None, Cell]:
         """The coreset of a cell, and what can be said of it; `None` for the full cache."""
         if cell["method"] == FULL:
-            pairs = [each[..., : document.length, :] for each in (document.keys, document.values)]
-            return None, {"bytes": sum(each.nbytes for each in pairs)}
-        entrant = ENTRANTS[cell["method"]]
+            return None, {"bytes": document.nbytes}
+        entrant, size = ENTRANTS[cell["method"]], document.size_at(cell["ratio"])
         compressor = entrant.make(self.groups)
-        size = document.keys.shape[-2] // cell["ratio"]
 
         def compress() -> cj.Coreset:
-            return jax.block_until_ready(
-                compressor(
-                    jax.random.key(cell["seed"]),
-                    document.keys,
-                    document.values,
-                    size=size,
-                    lengths=document.lengths,
-                    **document.given(entrant.source),
-                )
+            return document.compressed(
+                compressor, entrant.source, ratio=cell["ratio"], seed=cell["seed"]
             )
 
         shapes = (cell["method"], size, document.keys.shape)
