@@ -20,14 +20,13 @@ from coreset_jax._src.core.coreset import (
     SignedCoreset,
     attend,
     normalizers,
-    whole_cache,
 )
 from coreset_jax._src.core.driver import Cache
 from coreset_jax._src.core.turns import over_axes
-from coreset_jax._src.geometry.standardize import standardize
 from coreset_jax._src.precision import accumulation_dtype, inner_products, matmul
 from coreset_jax.guarantees.candidates import candidates, unit_vectors
 from coreset_jax.guarantees.checks import check_comparison
+from coreset_jax.guarantees.tilt import tilted
 
 # To screen a candidate costs half a step.
 _CANDIDATES_PER_START = 16
@@ -222,6 +221,7 @@ def _adversary(
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
     coreset: Coreset | SignedCoreset,
+    query_center: Float[Array, "*#heads d"] | None,
     ball: dict[str, Any],
     learning_rate: ArrayLike,
     *,
@@ -231,7 +231,8 @@ def _adversary(
 ) -> Adversary:
     dtype = accumulation_dtype(keys, values, coreset.keys, coreset.values)
     keys, values = keys.astype(dtype), values.astype(dtype)
-    standardization = standardize(keys, values, **ball)
+    seen = tilted(keys, values, coreset, query_center, **ball)
+    standardization = seen.standardization
 
     def standardized(pairs: Coreset | SignedCoreset) -> Any:
         fields = pairs._asdict().items()
@@ -249,15 +250,16 @@ def _adversary(
         rate = jnp.asarray(learning_rate, dtype)
         return _search_head(head_rng, source, coreset, rho, rate, starts, steps, block_size)
 
-    lengths = ball["lengths"]
-    source = standardized(whole_cache(keys, values, lengths))
-    numbers = Cache(rng, keys, values, lengths, None, None, measured=False).numbers
+    source, kept = standardized(seen.source), standardized(seen.coreset)
+    numbers = Cache(rng, keys, values, ball["lengths"], None, None, measured=False).numbers
     search = over_axes(search, keys.ndim - 2)
-    errors, points = search(numbers, source, standardized(coreset), standardization.rho)
+    errors, points = search(numbers, source, kept, standardization.rho)
     errors = errors * standardization.value_radius[..., None]
     best = jnp.argmax(errors, axis=-1, keepdims=True)
     point = jnp.take_along_axis(points, best[..., None], axis=-2)
     query = standardization.restore_queries(standardization.rho[..., None, None] * point)
+    if query_center is not None:
+        query = query + query_center.astype(dtype)[..., None, :]
     error = jnp.take_along_axis(errors, best, axis=-1)
     return Adversary(error[..., 0], query[..., 0, :], errors, standardization.rho)
 
@@ -273,6 +275,7 @@ def adversary(
     queries: Float[Array, "*heads q d"] | None = None,
     scale: ArrayLike | None = None,
     lengths: Int[Array, "*heads"] | None = None,
+    query_center: Float[Array, "*#heads d"] | None = None,
     starts: int = 64,
     steps: int = 40,
     learning_rate: float = 1.0,
@@ -281,13 +284,13 @@ def adversary(
     r"""Searches a ball of queries for the one that a coreset answers worst.
 
     .. math::
-       \sup_{\|q\| \le R} \; \| \mathrm{Attn}(q) - \mathrm{Attn}'(q) \|, \qquad
+       \sup_{\|q - \mu\| \le R} \; \| \mathrm{Attn}(q) - \mathrm{Attn}'(q) \|, \qquad
        R = \frac{\rho}{\mathrm{scale} \cdot \max_i \|k_i - \bar k\|}
 
     from below, by projected gradient ascent. Candidates (keys that the coreset weighs differently,
     chosen by what they can attract and at random, the singular vectors of the error's first
-    degree, and random points) are screened, and the best climb. The ball has the raw query 0 at
-    its center, whatever the mean of the keys.
+    degree, and random points) are screened, and the best climb. The ball has the raw query
+    :math:`\mu` at its center, zero unless it is given, whatever the mean of the keys.
 
     Args:
       rng: a JAX random key; every head gets a fold of its own.
@@ -300,6 +303,9 @@ def adversary(
         of the three the radius of the raw queries is ``sqrt(d)``.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
       lengths: valid pairs of each head ``[...]``; ``None`` means all.
+      query_center: the middle :math:`\mu` of the ball, ``[..., d]``, of which ``rho`` and
+        ``query_norm`` are radii then, and from which the distance of sample ``queries`` counts;
+        ``None`` means zero.
       starts: ascents of a head, static. Up to ``rho = 2`` a few find the supremum; beyond, local
         maxima multiply and more starts find a few percent more.
       steps: gradient steps of an ascent, static.
@@ -337,7 +343,7 @@ def adversary(
         "scale": scale,
         "lengths": lengths,
     }
-    check_comparison(keys, values, coreset, **ball)
+    check_comparison(keys, values, coreset, query_center, **ball)
     for name, count in (("starts", starts), ("steps", steps), ("block_size", block_size)):
         checks.check_count(name, count)
     checks.check_positive("learning_rate", learning_rate)
@@ -346,6 +352,7 @@ def adversary(
         keys,
         values,
         coreset,
+        query_center,
         ball,
         learning_rate,
         starts=int(starts),

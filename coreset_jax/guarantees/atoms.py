@@ -47,13 +47,21 @@ def holds_pairs_of(
     return jnp.all(alike | empty) & jnp.all(ascending | empty[1:] | empty[:-1])
 
 
-def _weights(coreset: Coreset | SignedCoreset, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
-    """Weights, normalizers, and the relative error of a weight in unit roundoffs."""
-    log_weights = coreset.log_weights.astype(dtype)
+def _weights(
+    pairs: Coreset | SignedCoreset, dtype: jnp.dtype, error: Float[Array, ""] | float
+) -> tuple[Array, Array, Array]:
+    """Weights, normalizers, and the relative error of a weight in unit roundoffs.
+
+    Args:
+      pairs: a coreset, or the source.
+      dtype: of the weights.
+      error: of the log-weights, in unit roundoffs.
+    """
+    log_weights = pairs.log_weights.astype(dtype)
     heaviest = jnp.max(log_weights)
     logarithms = log_weights - jnp.where(jnp.isneginf(heaviest), 0, heaviest)
     weights, taken = jnp.exp(logarithms), log_weights > -jnp.inf
-    signs = jnp.where(taken, normalizers(coreset).astype(dtype), jnp.zeros_like(weights))
+    signs = jnp.where(taken, normalizers(pairs).astype(dtype), jnp.zeros_like(weights))
     # Any common factor of the weights is as good as another: it cancels. The sum makes numerator
     # and denominator comparable with the source's.
     total = jnp.sum(weights * signs)
@@ -64,17 +72,17 @@ def _weights(coreset: Coreset | SignedCoreset, dtype: jnp.dtype) -> tuple[Array,
     least = 1024 * jnp.finfo(dtype).tiny
     weights = jnp.where(taken, jnp.maximum(weights / total, least), 0)
     # Roundings of the logarithm, which the exponential magnifies, of itself, and of the quotient.
-    errors = jnp.where(weights > least, 32 + 2 * jnp.abs(logarithms), 1 / unit_roundoff(dtype))
+    errors = 32 + 2 * jnp.abs(logarithms) + 2 * error
+    errors = jnp.where(weights > least, errors, 1 / unit_roundoff(dtype))
     return weights, signs, jnp.where(taken, errors, 0)
 
 
 def atoms_of(
-    keys: Float[Array, "n d"],
-    values: Float[Array, "n dv"],
+    source: Coreset,
     coreset: Coreset | SignedCoreset,
     standardization: Standardization,
-    length: Int[Array, ""],
     held: Bool[Array, ""],
+    error: Float[Array, ""] | None,
     block_size: int,
 ) -> Atoms:
     """The atoms of one head.
@@ -82,11 +90,20 @@ def atoms_of(
     The atoms of both sides stand one behind the other. Where the coreset's pairs are the source's,
     a kept pair is one atom instead, with the difference of both weights: fewer atoms, and no
     cancellation between them.
+
+    Args:
+      source: all pairs, with log-weights that are minus infinity on padding.
+      coreset: its coreset.
+      standardization: the unit problem.
+      held: whether the coreset's pairs are the source's, see :func:`holds_pairs_of`.
+      error: of all log-weights, in unit roundoffs; ``None`` if those of the source are zero.
+      block_size: atoms are padded to a multiple of it.
     """
     dtype = standardization.rho.dtype
     unit = unit_roundoff(dtype)
-    inside = jnp.arange(keys.shape[0]) < length
-    weights, signs, weight_errors = _weights(coreset, dtype)
+    count = source.keys.shape[0]
+    inside = source.log_weights > -jnp.inf
+    weights, signs, weight_errors = _weights(coreset, dtype, 0.0 if error is None else error)
     taken = weights > 0
 
     def shown(mask: Array, rows: Array) -> Array:
@@ -114,15 +131,20 @@ def atoms_of(
     ratios = (kept_norms + shift_errors) / jnp.where(taken, signs, 1)
     convex = jnp.all((signs > 0) | ~taken) & jnp.any(taken)
 
-    rows = jnp.where(held & taken, coreset.indices, keys.shape[0])
-    masses = jnp.where(inside, 1 / length.astype(dtype), jnp.zeros_like(keys[:, 0], dtype))
-    errors = jnp.zeros_like(masses).at[rows].add(mass_errors, mode="drop")
+    rows = jnp.where(held & taken, coreset.indices, count)
+    if error is None:
+        masses = jnp.where(inside, 1 / jnp.sum(inside, dtype=dtype), 0)
+        errors = jnp.zeros_like(masses)
+    else:
+        masses, _, roundings = _weights(source, dtype, error)
+        errors = unit * roundings * masses
+    errors = errors.at[rows].add(mass_errors, mode="drop")
     masses = masses.at[rows].add(-kept_masses, mode="drop")
     errors += 4 * unit * jnp.abs(masses)
-    source_values = shown(inside, standardization.unit_values(values))
+    source_values = shown(inside, standardization.unit_values(source.values))
     source_norms = row_norms(source_values)
-    source = Measure(
-        shown(inside, standardization.unit_keys(keys)),
+    given = Measure(
+        shown(inside, standardization.unit_keys(source.keys)),
         masses[:, None] * source_values,
         masses,
         source_norms * (errors + 8 * unit * jnp.abs(masses)),
@@ -139,10 +161,10 @@ def atoms_of(
     # Padding of the source is no part of it; everything of the coreset is read by attention.
     numbers = [*standardization, coreset.keys, coreset.values, signs]
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(array)) for array in numbers]))
-    finite &= jnp.all(coreset.log_weights < jnp.inf)
+    finite &= jnp.all(coreset.log_weights < jnp.inf) & jnp.all(source.log_weights < jnp.inf)
     grow = 1 + 64 * unit
     return Atoms(
-        difference=Measure(*map(padded, map(_behind, source, taken_away))),
+        difference=Measure(*map(padded, map(_behind, given, taken_away))),
         coreset=Measure(*map(padded, kept)),
         source_norm=grow * jnp.max(source_norms),
         coreset_norm=jnp.where(convex, grow * jnp.max(ratios), jnp.inf),

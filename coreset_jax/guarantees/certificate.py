@@ -16,12 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 from coreset_jax._src import checks
 from coreset_jax._src.core.coreset import Coreset, SignedCoreset
 from coreset_jax._src.core.turns import over_axes
-from coreset_jax._src.geometry.standardize import Standardization, standardize
+from coreset_jax._src.geometry.standardize import Standardization
 from coreset_jax._src.precision import accumulation_dtype
 from coreset_jax.guarantees.atoms import Atoms, atoms_of, holds_pairs_of
 from coreset_jax.guarantees.checks import check_comparison
 from coreset_jax.guarantees.degrees import TILE, Moments, bound_degrees, default_degrees
 from coreset_jax.guarantees.norms import row_norms, unit_roundoff
+from coreset_jax.guarantees.tilt import tilted
 
 
 class Certificate(NamedTuple):
@@ -97,22 +98,21 @@ def _error(
 
 
 def _certify_head(
-    keys: Float[Array, "n d"],
-    values: Float[Array, "n dv"],
+    source: Coreset,
     coreset: Coreset | SignedCoreset,
     standardization: Standardization,
-    length: Int[Array, ""],
     held: Bool[Array, ""],
+    error: Float[Array, ""] | None,
     *,
     blocks: tuple[Int[Array, ""], Int[Array, ""]],
     degrees: int,
     block_size: int,
 ) -> Certificate:
     """The certificate of one head."""
-    atoms = atoms_of(keys, values, coreset, standardization, length, held, block_size)
+    atoms = atoms_of(source, coreset, standardization, held, error, block_size)
     unit = unit_roundoff(standardization.rho.dtype)
     # The radius is itself a product of rounded norms.
-    rho = standardization.rho * (1 + 2 * (keys.shape[-1] + 16) * unit)
+    rho = standardization.rho * (1 + 2 * (source.keys.shape[-1] + 16) * unit)
     bound = functools.partial(bound_degrees, degrees=degrees, block_size=block_size)
     difference = bound(atoms.difference, rho, blocks[0])
     kept = bound(atoms.coreset, rho, blocks[1])
@@ -130,7 +130,7 @@ def _certify_head(
     minimum = least(denominator)
     reached = jnp.where(minimum > 0, _void(jnp.sum(kept.numerator) / minimum), jnp.inf)
     output = jnp.minimum(reached, atoms.coreset_norm)
-    error = _error(numerator, denominator, source_minimum, minimum, output, atoms)
+    degreewise = _error(numerator, denominator, source_minimum, minimum, output, atoms)
     denominator = difference.denominator_kernel
     kernel = _error(
         difference.numerator_kernel,
@@ -146,7 +146,7 @@ def _certify_head(
         return jnp.where(atoms.finite, bound, jnp.nan)
 
     return Certificate(
-        error=shown(jnp.minimum(error, kernel), standardization.value_radius),
+        error=shown(jnp.minimum(degreewise, kernel), standardization.value_radius),
         kernel=shown(kernel, standardization.value_radius),
         numerator=shown(difference.numerator, standardization.value_radius),
         denominator=shown(difference.denominator, 1.0),
@@ -161,13 +161,14 @@ def _certificate(
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
     coreset: Coreset | SignedCoreset,
+    query_center: Float[Array, "*#heads d"] | None,
     ball: dict[str, Any],
     *,
     degrees: int,
     block_size: int,
 ) -> Certificate:
     dtype = accumulation_dtype(keys, values, coreset.keys, coreset.values)
-    standardization = standardize(keys.astype(dtype), values.astype(dtype), **ball)
+    seen = tilted(keys.astype(dtype), values.astype(dtype), coreset, query_center, **ball)
     count, size, axes = keys.shape[-2], coreset.keys.shape[-2], keys.ndim - 2
     counts = jnp.zeros_like(keys[..., 0, 0], jnp.int32)
     counts += count if ball["lengths"] is None else ball["lengths"].astype(jnp.int32)
@@ -176,7 +177,8 @@ def _certificate(
     atoms = jnp.where(jnp.all(held), count, count + size)
     blocks = -(-atoms // block_size), jnp.full_like(atoms, -(-size // block_size))
     head = functools.partial(_certify_head, blocks=blocks, degrees=degrees, block_size=block_size)
-    return over_axes(head, axes)(keys, values, coreset, standardization, counts, held)
+    error = None if query_center is None else seen.error
+    return over_axes(head, axes)(seen.source, seen.coreset, seen.standardization, held, error)
 
 
 def certificate(
@@ -189,13 +191,14 @@ def certificate(
     queries: Float[Array, "*heads q d"] | None = None,
     scale: ArrayLike | None = None,
     lengths: Int[Array, "*heads"] | None = None,
+    query_center: Float[Array, "*#heads d"] | None = None,
     degrees: int | None = None,
     block_size: int = 512,
 ) -> Certificate:
     r"""Bounds the error of a coreset for every query of a ball.
 
     .. math::
-       \sup_{\|q\| \le R} \| \mathrm{Attn}(q) - \mathrm{Attn}'(q) \|
+       \sup_{\|q - \mu\| \le R} \| \mathrm{Attn}(q) - \mathrm{Attn}'(q) \|
          \le \frac{\sup\|E\| + \sup\|\mathrm{Attn}' - \bar v\| \, \sup|E_Z|}{\min Z}, \qquad
        R = \frac{\rho}{\mathrm{scale} \cdot \max_i \|k_i - \bar k\|}
 
@@ -207,6 +210,11 @@ def certificate(
     them. The same split with source and coreset exchanged, and the distance of the values, are
     taken where they promise less. It holds for any weighted pairs, however they were found; a
     signed coreset needs a denominator that cannot vanish, and has no promise otherwise.
+
+    About a mean query :math:`\mu` the pairs of both sides count
+    :math:`e^{\mathrm{scale}\langle\mu, k_i\rangle}` times as much, their means are weighted like
+    that, and the radius is that of the queries' distances from :math:`\mu`. Queries of pretrained
+    models are far from centered: what can be promised about zero there is nothing.
 
     The promise is about exact attention over the numbers given, and the arithmetic here is rounded
     upwards in all its sums. With ``u`` the unit roundoff of float32 the allowance is about
@@ -226,6 +234,9 @@ def certificate(
         of the three the radius of the raw queries is ``sqrt(d)``.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
       lengths: valid pairs of each head ``[...]``; ``None`` means all.
+      query_center: the middle :math:`\mu` of the ball, ``[..., d]``, of which ``rho`` and
+        ``query_norm`` are radii then, and from which the distance of sample ``queries`` counts;
+        ``None`` means zero.
       degrees: Taylor degrees bounded apart, 3 or 4, static; ``None`` means 4 for narrow keys and 3
         where the tensor of degree 3, ``d^3 dv / 2`` numbers, would cost more than the rest.
       block_size: pairs of a block, static; rounded up to a multiple of 128.
@@ -257,7 +268,7 @@ def certificate(
         "scale": scale,
         "lengths": lengths,
     }
-    check_comparison(keys, values, coreset, **ball)
+    check_comparison(keys, values, coreset, query_center, **ball)
     checks.check_count("block_size", block_size)
     if degrees is None:
         degrees = default_degrees(keys.shape[-1], values.shape[-1])
@@ -265,4 +276,12 @@ def certificate(
         raise ValueError(f"degrees must be 3 or 4, got {degrees!r}.")
     # A block of padding would be work for nothing.
     block_size = TILE * -(-min(block_size, keys.shape[-2]) // TILE)
-    return _certificate(keys, values, coreset, ball, degrees=int(degrees), block_size=block_size)
+    return _certificate(
+        keys,
+        values,
+        coreset,
+        query_center,
+        ball,
+        degrees=int(degrees),
+        block_size=block_size,
+    )

@@ -14,6 +14,7 @@ def check_comparison(
     keys: Array,
     values: Array,
     coreset: Coreset | SignedCoreset,
+    query_center: Array | None,
     *,
     rho: ArrayLike | None,
     query_norm: ArrayLike | None,
@@ -37,6 +38,23 @@ def check_comparison(
             f"got coreset keys {coreset.keys.shape}, values {coreset.values.shape} and "
             f"log_weights {coreset.log_weights.shape} for keys {keys.shape} and "
             f"values {values.shape}."
+        )
+    if query_center is None:
+        return
+    checks.check_floating("query_center", query_center)
+    leading = keys.shape[:-2]
+    shape = query_center.shape[:-1]
+    if (
+        query_center.shape[-1:] != keys.shape[-1:]
+        or len(shape) > len(leading)
+        or any(
+            one not in (1, whole)
+            for one, whole in zip(reversed(shape), reversed(leading), strict=False)
+        )
+    ):
+        raise ValueError(
+            "query_center must be [..., d] for keys [..., n, d]; got query_center "
+            f"{query_center.shape} for keys {keys.shape}."
         )
 
 

@@ -250,7 +250,7 @@ def test_memory_does_not_grow_with_scores():
     )
     rng = jax.eval_shape(jax.random.key, 0)
     ball = {"rho": 1.0, "query_norm": None, "queries": None, "scale": None, "lengths": None}
-    arguments = rng, floats((count, width)), floats((count, width)), coreset, ball, 1.0
+    arguments = rng, floats((count, width)), floats((count, width)), coreset, None, ball, 1.0
     lowered = _adversary.lower(*arguments, starts=256, steps=40, block_size=1024)
     memory = lowered.compile().memory_analysis().temp_size_in_bytes
     # The cache in unit form and half of it again; the scores would be 134 MB.

@@ -332,7 +332,7 @@ def test_memory_does_not_grow_with_pairs_of_pairs():
     indices = jax.ShapeDtypeStruct((size,), jnp.int32)
     coreset = Coreset(floats((size, width)), floats((size, width)), floats((size,)), indices)
     ball = {"rho": 1.0, "query_norm": None, "queries": None, "scale": None, "lengths": None}
-    cache = floats((count, width)), floats((count, width)), coreset, ball
+    cache = floats((count, width)), floats((count, width)), coreset, None, ball
     lowered = _certificate.lower(*cache, degrees=3, block_size=512)
     memory = lowered.compile().memory_analysis().temp_size_in_bytes
     # Two copies of the cache in unit form and a few blocks; all inner products would be 17 GB.

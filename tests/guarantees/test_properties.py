@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import coreset_jax as cj
-from coreset_jax import baselines, refit, streaming, walks
+from coreset_jax import baselines, geometry, refit, streaming, walks
 from coreset_jax._src.core.coreset import SignedCoreset, gather, normalizers
 from coreset_jax.guarantees import adversary, certificate
 from tests import brute_force
@@ -92,6 +92,15 @@ def instances(seed):
     return keys, values, jnp.asarray(lengths), jnp.asarray(rho)
 
 
+def centers(keys, lengths, seed):
+    """Mean queries whose scores are up to 10 apart in the middle of their balls."""
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(HEADS, WIDTH))
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    radius = geometry.standardize(keys, keys, lengths=lengths).key_radius
+    return jnp.asarray(directions * rng.uniform(0, 10, (HEADS, 1)) / radius[:, None], jnp.float32)
+
+
 def signed(coreset, seed):
     """Other values and normalizers, some of them negative, behind keys that have moved."""
     rng = np.random.default_rng(seed)
@@ -138,7 +147,7 @@ COMPRESSORS = {
 }
 
 
-def check_instances(name, seed, changed):
+def check_instances(name, seed, changed, about_a_mean=False):
     """Compares all heads of one example; the number of them that were compared."""
     keys, values, lengths, rho = instances(seed)
     if name == "streaming":
@@ -148,6 +157,8 @@ def check_instances(name, seed, changed):
     if changed:
         coreset = signed(coreset, seed)
     known = {"rho": rho, "scale": 1.0, "lengths": lengths}
+    if about_a_mean:
+        known["query_center"] = centers(keys, lengths, seed)
     promised = np.asarray(certificate(keys, values, coreset, **known).error)
     found = search(rng, keys, values, coreset, **known)
     assert not np.any(np.isnan(promised))
@@ -171,20 +182,29 @@ def check_instances(name, seed, changed):
     return HEADS
 
 
-@pytest.mark.parametrize("changed", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_no_search_finds_more_than_is_promised(changed):
-    check_instances("uniform", int(changed), changed)
+@pytest.mark.parametrize(
+    ("changed", "about_a_mean"),
+    [
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        (True, True),
+    ],
+)
+def test_no_search_finds_more_than_is_promised(changed, about_a_mean):
+    check_instances("uniform", int(changed), changed, about_a_mean)
 
 
 @pytest.mark.slow
-def test_no_search_finds_more_in_thousands_of_instances():
+@pytest.mark.parametrize("about_a_mean", [False, True])
+def test_no_search_finds_more_in_thousands_of_instances(about_a_mean):
     compared = 0
 
     @settings(max_examples=2)
     @given(st.integers(0, 2**32 - 1))
     def compare(name, changed, seed):
         nonlocal compared
-        compared += check_instances(name, seed, changed)
+        compared += check_instances(name, seed, changed, about_a_mean)
 
     for name in COMPRESSORS:
         for changed in (False, True):

@@ -120,11 +120,14 @@ def check_radius(
 
 
 def _center_radius_spread(
-    array: Float[Array, "*heads n d"], lengths: Integer[Array, "*heads"] | None
+    array: Float[Array, "*heads n d"],
+    lengths: Integer[Array, "*heads"] | None,
+    shares: Float[Array, "*heads n"] | None = None,
 ) -> tuple[Float[Array, "*heads d"], Float[Array, "*heads"], Float[Array, "*heads"]]:
     """Mean row, largest distance from it, and root mean square distance over the largest.
 
-    The radius is 1 and the spread 0 where all rows agree.
+    The radius is 1 and the spread 0 where all rows agree. Means are those of the ``shares`` of the
+    rows, which sum to one; ``None`` for equal ones.
     """
     count = jnp.full(array.shape[:-2], array.shape[-2]) if lengths is None else lengths
     inside = jnp.arange(array.shape[-2]) < jnp.asarray(count)[..., None]
@@ -139,7 +142,13 @@ def _center_radius_spread(
     unit = jax.lax.reduce_precision(jnp.clip(peak, 1 / most, most), limits.nexp, 0)
     array = array * (1 / unit)[..., None, None]
     total = jnp.asarray(count).astype(array.dtype)
-    center = jnp.sum(array, axis=-2) / total[..., None]
+
+    def mean(rows: Array) -> Array:
+        if shares is None:
+            return jnp.sum(rows, axis=-2) / total[..., None]
+        return jnp.sum(shares[..., None] * rows, axis=-2)
+
+    center = mean(array)
     squares = jnp.sum(jnp.square(array - center[..., None, :]), axis=-1)
     if lengths is not None:
         squares = jnp.where(inside, squares, jnp.zeros_like(squares))
@@ -147,7 +156,7 @@ def _center_radius_spread(
     # Rows that all agree differ from their mean by its rounding, which must not be blown up.
     rounding = 64 * limits.eps * (peak / unit) * array.shape[-1] ** 0.5
     agree = radius <= rounding
-    spread = jnp.where(agree, 0, jnp.sqrt(jnp.sum(squares, axis=-1) / total) / radius)
+    spread = jnp.where(agree, 0, jnp.sqrt(mean(squares[..., None])[..., 0]) / radius)
     return center * unit[..., None], jnp.where(agree, 1, radius * unit), spread
 
 
@@ -171,6 +180,7 @@ def standardize(
     queries: Float[Array, "*heads q d"] | None = None,
     scale: ArrayLike | None = None,
     lengths: Integer[Array, "*heads"] | None = None,
+    log_weights: Float[Array, "*heads n"] | None = None,
 ) -> Standardization:
     r"""Finds the unit problem of a cache.
 
@@ -189,6 +199,8 @@ def standardize(
       queries: sample raw queries ``[..., q, d]``; their largest norm is taken.
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
       lengths: valid pairs of each head ``[...]``; ``None`` means all.
+      log_weights: logarithms of the pairs' weights ``[..., n]``, of which centers are means then;
+        ``None`` means that all are alike.
 
     Returns:
       The standardization, in float32 or wider. A NaN or an infinity among the valid pairs of a head
@@ -210,8 +222,22 @@ def standardize(
     checks.check_lengths(lengths, keys)
     check_radius(keys, rho, query_norm, queries, scale)
     dtype = accumulation_dtype(keys, values)
-    key_center, key_radius, key_spread = _center_radius_spread(keys.astype(dtype), lengths)
-    value_center, value_radius, value_spread = _center_radius_spread(values.astype(dtype), lengths)
+    shares = None
+    if log_weights is not None:
+        if log_weights.shape != keys.shape[:-1]:
+            raise ValueError(
+                "log_weights must be [..., n], one for each pair; got log_weights "
+                f"{log_weights.shape} for keys {keys.shape}."
+            )
+        logits = log_weights.astype(dtype)
+        if lengths is not None:
+            inside = jnp.arange(keys.shape[-2]) < jnp.asarray(lengths)[..., None]
+            logits = jnp.where(inside, logits, -jnp.inf)
+        shares = jax.nn.softmax(logits)
+    key_center, key_radius, key_spread = _center_radius_spread(keys.astype(dtype), lengths, shares)
+    value_center, value_radius, value_spread = _center_radius_spread(
+        values.astype(dtype), lengths, shares
+    )
     softmax_scale = jnp.full_like(
         key_radius, default_scale(keys.shape[-1]) if scale is None else scale
     )
