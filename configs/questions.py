@@ -63,6 +63,8 @@ def get_config(variant: str = "full") -> ml_collections.ConfigDict:
     )
     # Whether the question is known before compression.
     config.question_first = False
+    # Whether further questions about the same document follow, turn by turn.
+    config.follow_ups = False
 
     if variant == "quick":
         config.output = "outputs/questions_quick"

@@ -51,6 +51,8 @@ class Conversation:
         self.tokenizer, self.model = pretrained.tokenizer, _stacked(pretrained.model)
         self.caches = self.model.behind(coreset, document.length, -(-room // _ROOM) * _ROOM)
         self.left = room
+        # The last token of an answer that was cut short has been said, and not yet read.
+        self._unread: list[int] = []
 
     def read(self, tokens: Sequence[int]) -> Float[Array, "length vocabulary"]:
         """Read tokens, and return the logits of the token after each.
@@ -58,7 +60,9 @@ class Conversation:
         Raises:
           ValueError: there are none, or no room for so many.
         """
-        self._take(len(tokens))
+        self._take(len(tokens) + len(self._unread))
+        before = len(self._unread)
+        tokens, self._unread = [*self._unread, *tokens], []
         found, start = [], 0
         while start < len(tokens):
             width = min(_PIECE, 1 << (len(tokens) - start).bit_length() - 1)
@@ -66,7 +70,7 @@ class Conversation:
             logits, self.caches = self.model.read(self.caches, piece)
             found.append(logits)
             start += width
-        return jnp.concatenate(found)
+        return jnp.concatenate(found)[before:]
 
     def answer(self, tokens: Sequence[int], max_new_tokens: int) -> str:
         """Read tokens, the question, and continue them greedily, up to the end of the turn.
@@ -74,13 +78,17 @@ class Conversation:
         Raises:
           ValueError: there are no tokens, or no room for them and the answer.
         """
-        if len(tokens) > 1:
+        if len(tokens) + len(self._unread) > 1:
             self.read(tokens[:-1])
         self._take(max_new_tokens)
         end = self.tokenizer.end_of_turn
         said, self.caches = self.model.continued(self.caches, tokens[-1], max_new_tokens, end)
         told = np.asarray(said).tolist()
-        return self.tokenizer.decode(told[: told.index(end)] if end in told else told)
+        if end in told:
+            told = told[: told.index(end)]
+        else:
+            self._unread = told[-1:]
+        return self.tokenizer.decode(told)
 
     def bits(self, question: Sequence[int], answer: Sequence[int]) -> float:
         """Bits a token of an answer behind a question, minus the mean binary log-likelihood."""

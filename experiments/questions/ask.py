@@ -34,7 +34,7 @@ from experiments.model import pretrained
 from experiments.questions import documents
 from experiments.questions.answers import Conversation
 from experiments.questions.documents import Document
-from experiments.questions.entrants import CLASSES, Entrant, chosen
+from experiments.questions.entrants import CLASSES, Entrant, Setting, chosen
 from experiments.tasks import prompt, registry
 from experiments.tasks.example import Example
 from experiments.tasks.prompt import Tokenizer
@@ -166,7 +166,7 @@ def ask(
     begun = time.perf_counter()
     coreset, nbytes = None, document.nbytes
     if entrant is not None:
-        compressor = entrant.make(model.config.num_query_heads // model.config.num_kv_heads)
+        compressor = entrant.make(Setting.of(model.config, document.size_at(config.ratio)))
         coreset = document.compressed(
             compressor, entrant.source, ratio=config.ratio, seed=config.seed
         )

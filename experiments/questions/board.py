@@ -93,6 +93,7 @@ def cells(config: ml_collections.ConfigDict) -> list[Cell]:
                 "example": number,
                 "length": config.task_tokens,
                 "question_first": config.question_first,
+                "follow_ups": config.follow_ups,
             }
             found += of_document(document, config.task_methods, config.task_ratios)
     return found

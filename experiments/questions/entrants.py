@@ -6,6 +6,7 @@ from typing import NamedTuple
 import coreset_jax as cj
 from coreset_jax import baselines, refit
 from experiments.common.figures import Look
+from experiments.model.llama import LlamaConfig
 from experiments.questions.documents import SOURCES
 
 EVERY_HEAD = (0, 1)
@@ -19,6 +20,25 @@ CLASSES = {
 """What methods are compared with: the same of a document, and the same passes of the model."""
 
 
+class Setting(NamedTuple):
+    """What a method may have to know beside what it is given.
+
+    Attributes:
+      groups: query heads a key-value head.
+      size: pairs that are to be kept, a head in the mean.
+      rope_base: base of the model's rotary positions.
+    """
+
+    groups: int
+    size: int
+    rope_base: float
+
+    @classmethod
+    def of(cls, config: LlamaConfig, size: int) -> "Setting":
+        """That of a model, for so many pairs."""
+        return cls(config.num_query_heads // config.num_kv_heads, size, config.rope_base)
+
+
 class Entrant(NamedTuple):
     """A method.
 
@@ -26,7 +46,7 @@ class Entrant(NamedTuple):
       name: its name in configurations and results.
       label: its name in tables and figures.
       source: what it is given, see `experiments.questions.documents.SOURCES`.
-      make: makes the compressor for so many query heads a key-value head.
+      make: makes the compressor.
       ours: whether it is this library's own.
       look: how its line is drawn; methods without are left out of the figure.
     """
@@ -34,7 +54,7 @@ class Entrant(NamedTuple):
     name: str
     label: str
     source: str
-    make: Callable[[int], cj.Compressor]
+    make: Callable[[Setting], cj.Compressor]
     ours: bool = False
     look: Look | None = None
 
@@ -49,8 +69,17 @@ class Entrant(NamedTuple):
         return f"{self.label} (ours)" if self.ours else self.label
 
 
-def _balanced(_: int) -> cj.Compressor:
+# Pairs that KVzip keeps at the end, and the share of its slots that they may take at most.
+_RECENT, _RECENT_SHARE = 64, 7
+
+
+def _balanced(_: Setting) -> cj.Compressor:
     return cj.keep_ends(refit.weights(cj.balanced()))
+
+
+def _kvzip(setting: Setting, axes: tuple[int, ...] = ()) -> cj.Compressor:
+    recent = min(_RECENT, setting.size // _RECENT_SHARE)
+    return baselines.kvzip(num_recent=recent, axes=axes)
 
 
 _TABLE = (
@@ -72,20 +101,30 @@ _TABLE = (
     Entrant(
         "kmeans_ends", "k-means, ends kept", "nothing", lambda _: cj.keep_ends(baselines.kmeans())
     ),
+    Entrant(
+        "compactor",
+        "Compactor, leverage alone",
+        "nothing",
+        lambda setting: baselines.compactor(
+            rope_base=setting.rope_base,
+            sinks=min(16, setting.size // 8),
+            num_recent=min(_RECENT, setting.size // _RECENT_SHARE),
+        ),
+    ),
     Entrant("balanced", "balanced, weights refitted", "nothing", _balanced, ours=True),
     Entrant("fitted", "fitted", "nothing", lambda _: cj.fitted(), ours=True),
     Entrant(
         "snapkv",
         "SnapKV",
         "last",
-        lambda groups: baselines.snapkv(groups=groups),
+        lambda setting: baselines.snapkv(groups=setting.groups),
         look=Look("#E69F00", "-.", "v"),
     ),
     Entrant(
         "expected_attention",
         "expected attention",
         "last",
-        lambda groups: baselines.expected_attention(groups=groups),
+        lambda setting: baselines.expected_attention(groups=setting.groups),
     ),
     Entrant(
         "attention_matching_last",
@@ -113,13 +152,13 @@ _TABLE = (
         "kvzip_heads",
         "KVzip, budgets a head",
         "reconstruction",
-        lambda _: baselines.kvzip(num_recent=64),
+        _kvzip,
     ),
     Entrant(
         "kvzip",
         "KVzip, one budget",
         "reconstruction",
-        lambda _: baselines.kvzip(num_recent=64, axes=EVERY_HEAD),
+        lambda setting: _kvzip(setting, EVERY_HEAD),
         look=Look("#D55E00", ":", "^"),
     ),
     Entrant(

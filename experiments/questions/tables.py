@@ -152,6 +152,8 @@ def _print_scores(config: ml_collections.ConfigDict, found: Found) -> None:
                 with_error(values(found, "score", method=name, ratio=ratio, task=task), 2)
                 for task in scored
             ]
+            if config.follow_ups:
+                texts.append(with_error(values(found, "later", method=name, ratio=ratio), 2))
             if OFF_CONTEXT in config.tasks:
                 texts.append(
                     with_error(values(found, "bits", method=name, ratio=ratio, task=OFF_CONTEXT), 2)
@@ -170,6 +172,7 @@ def _print_scores(config: ml_collections.ConfigDict, found: Found) -> None:
                 "method",
                 "all",
                 *scored,
+                *(["later turns"] if config.follow_ups else []),
                 *(["off context, bits"] if OFF_CONTEXT in config.tasks else []),
             ],
             rows,

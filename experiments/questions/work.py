@@ -20,7 +20,7 @@ from experiments.model import pretrained, reading
 from experiments.questions import documents, texts
 from experiments.questions.answers import Conversation
 from experiments.questions.documents import Document
-from experiments.questions.entrants import CLASSES, ENTRANTS, FULL, chosen
+from experiments.questions.entrants import CLASSES, ENTRANTS, FULL, Setting, chosen
 from experiments.tasks import prompt, registry, scoring
 from experiments.tasks.example import Example
 
@@ -35,8 +35,6 @@ class Work:
     def __init__(self, config: ml_collections.ConfigDict) -> None:
         self.config = config
         self.pretrained = pretrained.load(config.model, config.dtype)
-        shape = self.pretrained.config
-        self.groups = shape.num_query_heads // shape.num_kv_heads
         self._warm: set[tuple[Any, ...]] = set()
         self._held: tuple[Any, Document] | None = None
         self._exact: tuple[Any, Any] | None = None
@@ -65,7 +63,7 @@ class Work:
         if cell["method"] == FULL:
             return None, {"bytes": document.nbytes}
         entrant, size = ENTRANTS[cell["method"]], document.size_at(cell["ratio"])
-        compressor = entrant.make(self.groups)
+        compressor = entrant.make(Setting.of(self.pretrained.config, size))
 
         def compress() -> cj.Coreset:
             return document.compressed(
@@ -98,14 +96,26 @@ class Work:
             return _failed(cell, error)
         if cell["task"] == OFF_CONTEXT:
             return found | self._off_context(document, coreset, example, question)
-        room = len(question) + 2 * example.max_new_tokens + 64 * (1 + len(example.follow_ups))
+        turns = [question]
+        if cell["follow_ups"]:
+            turns += [
+                prompt.follow_up_ids(example, turn, tokenizer, chat=True)
+                for turn in range(1, len(example.turns))
+            ]
+        room = sum(len(turn) + example.max_new_tokens + 1 for turn in turns)
         conversation = Conversation(self.pretrained, document, coreset, room)
-        answer = conversation.answer(question, example.max_new_tokens)
-        return found | {
-            "score": scoring.score(example, answer),
-            "answer": answer,
-            "references": list(example.references),
-        }
+        answers = [conversation.answer(turn, example.max_new_tokens) for turn in turns]
+        scores = [scoring.score(example, answer, turn) for turn, answer in enumerate(answers)]
+        later = {"later": float(np.mean(scores[1:]))} if scores[1:] else {}
+        return (
+            found
+            | later
+            | {
+                "score": scores[0],
+                "answer": answers[0],
+                "references": list(example.references),
+            }
+        )
 
     def _off_context(
         self, document: Document, coreset: cj.Coreset | None, example: Example, question: list[int]

@@ -118,6 +118,18 @@ def test_answer_is_greedy(model: Pretrained, document: documents.Document) -> No
     assert answer == "".join(map(chr, expected))
 
 
+def test_a_further_question_is_read_behind_the_whole_answer(
+    model: Pretrained, document: documents.Document
+) -> None:
+    question, further = (TOKENS[start : start + 5].tolist() for start in (LENGTH, LENGTH + 5))
+    conversation = Conversation(model, document, None, 32)
+    answer = conversation.answer(question, 4)
+    assert len(answer) == 4  # cut short, so that its last token was not read
+    said = [*question, *map(ord, answer)]
+    second = conversation.answer(further, 4)
+    assert second == Conversation(model, document, None, 32).answer([*said, *further], 4)
+
+
 def test_conversation_over_a_whole_coreset(model: Pretrained, document: documents.Document) -> None:
     """A compressor that may keep all pairs changes nothing."""
     coreset = cj.fitted()(
