@@ -21,7 +21,7 @@ export OPENBLAS_NUM_THREADS
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help install demo decode sweep laws lower-bound feasibility bench test test-slow test-all test-oldest test-clients lint format \
-	hooks wheel clean distclean leaderboard models questions demo-small
+	hooks wheel clean distclean leaderboard models questions calibration demo-small
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,9 @@ demo: $(MODELS_INSTALLED) ## compress a document read by a pretrained model to a
 
 questions: $(MODELS_INSTALLED) ## every method on texts and tasks of a pretrained model, hours; resumes
 	$(RUN) -m experiments.questions.board --config=configs/questions.py $(ARGS)
+
+calibration: $(MODELS_INSTALLED) ## radii, queries and budgets of every head of a pretrained model
+	$(RUN) -m experiments.questions.calibration --config=configs/calibration.py $(ARGS)
 
 demo-small: $(INSTALLED) ## compress the caches of the shipped model, compare methods, and decode over them
 	$(RUN) -m experiments.caches.compress_cache --config=configs/compress_cache.py:demo $(ARGS)

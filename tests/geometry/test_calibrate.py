@@ -32,6 +32,15 @@ def test_against_brute_force(heads):
             radius * np.quantile(norms, [0.5, 0.9, 0.99]) / np.sqrt(8),
             rtol=1e-5,
         )
+        center = queries[head].astype(np.float64).mean(axis=0)
+        offsets = queries[head] - center
+        np.testing.assert_allclose(found.query_center[head], center, atol=1e-5)
+        far = np.linalg.norm(offsets, axis=1).max()
+        np.testing.assert_allclose(found.centered_rho[head], radius * far / np.sqrt(8), rtol=1e-5)
+        spectrum = np.linalg.eigvalsh(offsets.T @ offsets)
+        np.testing.assert_allclose(
+            found.directions[head], spectrum.sum() ** 2 / (spectrum**2).sum(), rtol=1e-4
+        )
         scores = queries[head].astype(np.float64) @ rows.T / np.sqrt(8)
         masses = np.exp(scores - scores.max(axis=1, keepdims=True))
         masses = -np.sort(-masses / masses.sum(axis=1, keepdims=True), axis=1)

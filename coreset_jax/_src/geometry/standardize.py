@@ -88,6 +88,12 @@ class Calibration(NamedTuple):
       key_spread: root mean square distance of the keys over that, ``[...]``.
       dominating: the share of the pairs that have 90 % of a query's attention, in the mean over
         the samples, ``[...]``: small where attention is sharp.
+      query_center: the mean query :math:`\mu`, ``[..., d]``.
+      centered_rho: :math:`\mathrm{scale}\,\kappa\,\max\|q - \mu\|`, ``[...]``: the radius that
+        counts for promises about the mean query.
+      directions: how many directions the samples take about their mean,
+        :math:`(\mathrm{tr}\,\Sigma)^2 / \mathrm{tr}\,\Sigma^2`, ``[...]``, between 1 and ``d``;
+        0 if they are all alike.
     """
 
     query_norm: Float[Array, "*heads"]
@@ -96,6 +102,9 @@ class Calibration(NamedTuple):
     key_radius: Float[Array, "*heads"]
     key_spread: Float[Array, "*heads"]
     dominating: Float[Array, "*heads"]
+    query_center: Float[Array, "*heads d"]
+    centered_rho: Float[Array, "*heads"]
+    directions: Float[Array, "*heads"]
 
 
 def check_radius(
@@ -282,7 +291,9 @@ def calibrate(
 
     Up to :math:`\rho` of 3 or 4 errors can be certified; beyond, :math:`e^\rho` promises
     nothing, and what a coreset gives is what it measures. Where few pairs dominate, no fixed
-    share of them serves all queries.
+    share of them serves all queries. Queries of pretrained models lie about a mean that is long:
+    the radius about it is what the bounds of :mod:`coreset_jax.guarantees` take as ``rho``, with
+    ``query_center``.
 
     Args:
       keys: cached keys ``[..., n, d]``.
@@ -352,6 +363,11 @@ def _calibrate(
     )
     for _ in keys.shape[:-2]:
         one_head = jax.vmap(one_head)
+    center = jnp.mean(queries, axis=-2)
+    offsets = queries - center[..., None, :]
+    covariance = matmul(jnp.swapaxes(offsets, -1, -2), offsets)
+    squares = jnp.sum(jnp.square(covariance), axis=(-2, -1))
+    trace = jnp.trace(covariance, axis1=-2, axis2=-1)
     return Calibration(
         jnp.max(norms, axis=-1),
         unit * jnp.max(norms, axis=-1),
@@ -359,4 +375,7 @@ def _calibrate(
         key_radius,
         key_spread,
         one_head(keys, queries, counts),
+        center,
+        unit * jnp.max(jnp.linalg.norm(offsets, axis=-1), axis=-1),
+        jnp.square(trace) / jnp.where(squares > 0, squares, 1),
     )

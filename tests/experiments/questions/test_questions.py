@@ -9,11 +9,12 @@ import pytest
 
 import coreset_jax as cj
 from configs import ask as ask_config
+from configs import calibration as calibration_config
 from configs import questions as questions_config
 from experiments.common.metrics import divergence
 from experiments.model import llama, reading
 from experiments.model.pretrained import Pretrained
-from experiments.questions import ask, board, documents, entrants, texts
+from experiments.questions import ask, board, calibration, documents, entrants, texts
 from experiments.questions.answers import Conversation
 from tests.experiments.model.tiny_llama import PLAIN, tiny
 
@@ -160,6 +161,25 @@ def test_passages_of_splits_have_no_text_in_common() -> None:
         texts.passage("poems", "tuning", 0, 10, tokenizer)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tokens, not"):
         texts.passage("code", "tuning", 99, 10, tokenizer)  # type: ignore[arg-type]
+
+
+def test_calibration_of_all_heads(model: Pretrained, document: documents.Document) -> None:
+    found = calibration.measure(document, ratio=2, seed=0)
+    assert set(found) == {each.name for each in calibration.QUANTITIES}
+    assert all(each.shape == document.keys.shape[:2] for each in found.values())
+    keys = np.asarray(document.keys, np.float64)[1, 1, :LENGTH]
+    queries = np.asarray(document.ahead.queries, np.float64)[1, 1]
+    scores = queries @ keys.T / 4
+    assert found["spread"][1, 1] == pytest.approx(scores.std(axis=1).mean(), rel=1e-3)
+    assert found["sink"][1, 1] == pytest.approx(softmax(scores)[:, 0].mean(), rel=1e-3)
+    assert found["budget"].mean() == pytest.approx(1)
+    assert np.all(found["centered_rho"] > 0)
+    assert calibration.draw(found).axes
+    for change in ({"ratio": 1}, {"passage_tokens": 3}):
+        config = calibration_config.get_config("tiny")
+        config.update(change)
+        with pytest.raises(ValueError, match=next(iter(change))):
+            calibration.run(config)
 
 
 def test_divergence_of_two_laws() -> None:
