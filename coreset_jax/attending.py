@@ -71,7 +71,6 @@ class attended(KeepLookedUp):  # noqa: N801
     """
 
     kept_fraction: float = 0.75
-    max_multiple: float | None = 4.0
     recent_fraction: float = 0.125
     keeps_pairs = False
     of_products = True

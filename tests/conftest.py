@@ -50,11 +50,32 @@ settings.load_profile("coreset")
 
 # Examples of docstrings that compile as long as the slow tests.
 SLOW_EXAMPLES = (
+    "coreset_jax.baselines.attention_matching.attention_matching",
+    "coreset_jax.baselines.quantized.quantized",
+    "coreset_jax.baselines.wildcat.wildcat",
+    "coreset_jax.budgets.adaptive.adaptive",
+    "coreset_jax.budgets.energy.by_energy",
+    "coreset_jax.budgets.pyramid.pyramid",
+    "coreset_jax.combinators.chunked",
+    "coreset_jax.combinators.keep_ends",
     "coreset_jax.compression.compress_to_error",
+    "coreset_jax.guarantees.adversary.adversary",
+    "coreset_jax.guarantees.hard_instances.index_game",
     "coreset_jax.nn.cache.CoresetCache",
     "coreset_jax.nn.linen.CoresetAttention",
+    "coreset_jax.nn.nnx.CoresetAttention",
+    "coreset_jax.nn.rotary.rotate",
+    "coreset_jax.refit.attention_matching",
+    "coreset_jax.refit.matching",
+    "coreset_jax.refit.move_keys",
+    "coreset_jax.refit.nystrom",
     "coreset_jax.streaming.merge_and_reduce",
 )
+
+
+# Variants of tests that compile as long, one a line. Others of a test, or tests of the parts,
+# hold the same property in the fast tier.
+SLOW_VARIANTS = frozenset((ROOT / "tests" / "slow_variants.txt").read_text().splitlines())
 
 
 class _EverywhereToo:
@@ -66,8 +87,17 @@ class _EverywhereToo:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            if item.name in SLOW_EXAMPLES:
+            if item.name in SLOW_EXAMPLES or item.nodeid in SLOW_VARIANTS:
                 item.add_marker(pytest.mark.slow)
+        # A name that no test has any more would be slow in nobody's eyes. Files whose tests were
+        # asked for one by one do not tell.
+        found = {item.nodeid for item in items}
+        whole = {item.nodeid.partition("::")[0] for item in items}
+        if not items or any("::" in each for each in items[0].config.args):
+            return
+        gone = [name for name in SLOW_VARIANTS - found if name.partition("::")[0] in whole]
+        if gone:
+            raise pytest.UsageError(f"tests/slow_variants.txt names no test: {sorted(gone)}")
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self) -> None:

@@ -24,7 +24,7 @@ RNG = jax.random.key(0)
 # Compressors, the axes of a budget, and the most pairs of a head.
 CASES = {
     "a head": (attended(), (), KEPT),
-    "a layer": (attended(axes=-1), (1,), 4 * KEPT),
+    "a layer": (attended(axes=-1), (1,), COUNT - (SIZE - KEPT)),
     "every head": (attended(axes=(0, -1), max_multiple=1.5), (0, 1), 18),
 }
 FULL = np.full((LAYERS, HEADS), COUNT)
@@ -126,6 +126,7 @@ def test_pairs_that_are_looked_up_and_both_ends_are_kept_as_they_are(cache, give
     check(case, coreset, ranked(case, keys, queries, given, LENGTHS), keys, values, LENGTHS)
 
 
+@pytest.mark.slow
 def test_half_precision_is_kept_bit_by_bit(whole):
     keys, values, queries = (array.astype(jnp.bfloat16) for array in whole)
     scores, compressor = largest_weights(queries, keys), CASES["a layer"][0]
@@ -135,6 +136,7 @@ def test_half_precision_is_kept_bit_by_bit(whole):
     check("a layer", jax.device_get(coreset), scores, keys, values, FULL)
 
 
+@pytest.mark.slow
 def test_scores_of_observed_queries_are_those_that_it_finds(whole):
     keys, values, queries = (array[0] for array in whole)
     observed = cj.queries.observe(cj.queries.empty(keys, count=SAMPLES), queries, keys)
@@ -278,6 +280,7 @@ def test_few_pairs_stand_for_themselves(whole):
     np.testing.assert_array_equal(coreset.values[:3], values[[3, 20, 41]])
 
 
+@pytest.mark.slow
 def test_queries_that_it_has_not_seen_are_answered_better_than_by_a_sample():
     """Clusters of keys, and a few pairs that single queries look up."""
     heads, count, width = 6, 256, 16
@@ -307,6 +310,7 @@ def test_queries_that_it_has_not_seen_are_answered_better_than_by_a_sample():
         assert np.mean(ours) < 0.8 * np.mean(evicted)
 
 
+@pytest.mark.slow
 def test_equal_shapes_are_compiled_once(whole):
     keys, values, queries = (array[0] for array in whole)
 

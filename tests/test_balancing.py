@@ -182,6 +182,7 @@ def test_sick_heads_answer_nan_and_the_others_as_ever(compressor, cache, coreset
         np.testing.assert_array_equal(before[~sick], after[~sick])
 
 
+@pytest.mark.slow
 def test_a_traced_radius_that_is_nan_answers_nan(cache):
     @jax.jit
     def log_weights(rho):
@@ -223,6 +224,7 @@ def test_degenerate_heads_are_halved_like_any_other(name, cache):
     check_subset(coreset, keys, values, np.full(LEADING, COUNT))
 
 
+@pytest.mark.slow
 def test_four_devices_give_what_one_gives(compressor, cache, coreset):
     devices = min(jax.device_count(), LEADING[1])
     mesh = jax.make_mesh((devices,), ("heads",), axis_types=(AxisType.Auto,))
@@ -305,6 +307,7 @@ def discrepancy_energy(coreset, gram):
     return coefficients @ gram @ coefficients
 
 
+@pytest.mark.slow
 def test_nearly_dependent_landmarks_balance_or_say_that_they_do_not():
     """In the plane a Gram matrix of float32 is singular but for its ridge."""
     # Two heads in a plane, two in six dimensions.

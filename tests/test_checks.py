@@ -210,6 +210,7 @@ def test_shapes_are_checked_under_a_trace():
         jax.eval_shape(cj.attention, QUERIES, KEYS, VALUES[..., 1:, :])
 
 
+@pytest.mark.slow
 def test_traced_radii_and_lengths_pass():
     def compress(rho, lengths):
         compressor = cj.balanced(rho=rho, block_size=4)

@@ -139,6 +139,7 @@ def test_signed_and_sparse_coresets_go_along(cache, wrap):
             assert len(held) < 16
 
 
+@pytest.mark.slow
 def test_slots_that_do_not_divide_among_chunks_are_empty_and_last(cache):
     """Of ten slots between the ends, five a chunk, of which two parts take two each."""
     nested = cj.chunked(cj.chunked(newest(), chunk_size=3), chunk_size=5)
@@ -196,6 +197,7 @@ def test_a_query_that_looks_at_the_ends_alone_is_answered_exactly(cache):
     np.testing.assert_allclose(cj.attend(queries, coreset), exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_nan_in_any_part_is_one_of_the_head_and_padding_may_hold_anything(cache):
     for compressor in (
         cj.chunked(sampled(), chunk_size=8),

@@ -53,6 +53,7 @@ def test_certified_and_half_of_it_is_not(heads):
     assert np.all(np.max(found.coreset.indices, axis=-1) < LENGTHS)
 
 
+@pytest.mark.slow
 def test_out_of_reach_says_what_is_in_reach(heads):
     half = certified(balancing.balanced(rho=1.0), heads, 48)
     # Of the default method, and of any other.

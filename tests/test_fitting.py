@@ -18,6 +18,7 @@ def cache():
     return jax.random.normal(jax.random.key(1), (2, 3, 120, 8))
 
 
+@pytest.mark.slow
 def test_compress_is_fitted_with_its_defaults(cache):
     lengths = np.array([120, 60, 5])
     known = {"rho": 2.0, "scale": 0.5}
@@ -139,6 +140,7 @@ def test_both_ends_are_kept(cache):
             np.testing.assert_array_equal(coreset.log_weights[head][slots], 0)
 
 
+@pytest.mark.slow
 def test_a_head_knows_nothing_of_the_others_and_sickness_stays_in_it(cache, programs):
     keys, values = (np.array(array) for array in cache)
     coreset = cj.fitted()(RNG, keys, values, size=40)
@@ -163,6 +165,7 @@ def test_a_head_knows_nothing_of_the_others_and_sickness_stays_in_it(cache, prog
             np.testing.assert_array_equal(sick.any(axis=1), sick.all(axis=1))
 
 
+@pytest.mark.slow
 def test_without_steps_pivots_are_fitted_where_they_are(monkeypatch, cache):
     monkeypatch.setattr(fitting, "_MOVED_TOGETHER", 16)
     keys, values = (np.asarray(array) for array in cache)

@@ -176,6 +176,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert {name for name in names if not name.startswith(metadata)} == sources
 
 
+@pytest.mark.slow
 def test_wheel_imports_where_it_is_installed(wheel, tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     subprocess.run([*pip, "--no-deps", "--no-index", "--target", tmp_path, wheel], check=True)

@@ -75,6 +75,7 @@ def worst(keys, values, coreset, rho):
     )
 
 
+@pytest.mark.slow
 def test_weights_add_up_at_any_time_and_nothing_is_lost_while_it_fits(pairs):
     @jax.jit
     @chex.assert_max_traces(1)
@@ -144,6 +145,7 @@ def test_nothing_halved_is_no_error_and_bounds_count_values_that_are_still_exact
     assert np.all(SMALL.error(grown).bound > 50 * SMALL.error(state).bound)
 
 
+@pytest.mark.slow
 def test_a_short_second_half_moves_no_bound(pairs):
     shifted = pairs[0] + 300, pairs[1] + 100
     left = run(SMALL, *shifted)
@@ -248,6 +250,7 @@ def test_options_of_a_compressor_are_not_traced():
         jax.jit(make)(2.0)
 
 
+@pytest.mark.slow
 def test_bad_calls(pairs):
     keys, values = pairs
     state = SMALL.init(RNG, keys, values)

@@ -300,6 +300,7 @@ def test_gram_schmidt_is_subgaussian_with_constant_one():
             assert np.all(squares <= 1 + 4 * errors)
 
 
+@pytest.mark.slow
 def test_balanced_rounding_is_unbiased_and_keeps_the_sum():
     vectors = subgaussian_vectors("random")
     rngs = jax.random.split(jax.random.key(3), 4096)

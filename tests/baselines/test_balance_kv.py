@@ -126,6 +126,7 @@ def compress_eight_times(instances):
     return compress
 
 
+@pytest.mark.slow
 def test_overflow_costs_the_large_keys_as_published_only(
     instances, compress_eight_times, published_error, mean_error
 ):
@@ -168,6 +169,7 @@ def test_corrected_weights_sum_to_every_length(size):
     np.testing.assert_array_equal((weights > 0).sum(axis=-1), np.minimum(size, lengths))
 
 
+@pytest.mark.slow
 def test_options_that_say_the_same():
     keys, values = 3 * np.random.default_rng(5).standard_normal((2, 96, 16), np.float32)
 

@@ -143,6 +143,7 @@ def test_keys_of_low_rank_and_equal_keys_have_leverage():
     assert np.all(np.diff(coreset.indices, axis=-1) > 0)
 
 
+@pytest.mark.slow
 def test_samples_that_are_not_finite_say_so_where_they_are_given(heads):
     keys, values, queries = (array.copy() for array in heads)
     queries[1, 3] = np.nan

@@ -101,6 +101,7 @@ def test_agrees_with_the_rule_written_out(x64, padding):
     np.testing.assert_array_equal(kept.weights, weights)
 
 
+@pytest.mark.slow
 def test_reproduces_the_published_code(x64, instances):
     checkpoints = figures("checkpoints")
     assert {checkpoint["instance"] for checkpoint in checkpoints} == set(instances)

@@ -35,6 +35,7 @@ def squared_distances(points, centers):
     return np.sum((points[:, None] - centers[None]) ** 2, axis=-1)
 
 
+@pytest.mark.slow
 def test_objective_never_grows(heads):
     seeds = compress(*heads, iterations=0)
     converged = compress(*heads)

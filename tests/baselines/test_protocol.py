@@ -269,6 +269,7 @@ def test_every_head_has_a_scale_of_its_own(name, cache, programs):
         assert unlike[1, 2]
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_where_nothing_has_to_go(cache):
     compressors = {each: make(each, SCALES) for each in MAKERS}
 

@@ -63,6 +63,7 @@ def test_reads_back_the_nearest_levels(cache, bits):
     np.testing.assert_array_equal(coreset.log_weights, np.where(inside, 0, -np.inf))
 
 
+@pytest.mark.slow
 def test_wraps_any_compressor(cache):
     for compressor in (baselines.uniform(), signed()):
         plain = jax.device_get(compressor(RNG, *cache, size=SIZE))

@@ -131,6 +131,7 @@ def test_keeps_what_the_formula_says(heads, case):
         np.testing.assert_array_equal(coreset.indices[head], filled)
 
 
+@pytest.mark.slow
 def test_blocks_of_queries_add_up(heads, monkeypatch):
     keys, values, queries = (array[0] for array in heads)
     length = 47

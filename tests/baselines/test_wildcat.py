@@ -63,6 +63,7 @@ def attention(queries, keys, values, normalizers):
     return masses @ values / (masses * normalizers).sum(axis=-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_values_and_normalizers_are_those_of_nystrom(x64):
     rng = np.random.default_rng(0)
     keys, values, queries = rng.standard_normal((3, 90, 6))
@@ -82,6 +83,7 @@ def test_values_and_normalizers_are_those_of_nystrom(x64):
     np.testing.assert_allclose(attend(queries, coreset), answer, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_copies_are_not_picked_twice():
     # Far-out copies, whose rounding e^|z|^2 would make likelier than any other key.
     rng = np.random.default_rng(1)
@@ -99,6 +101,7 @@ def test_copies_are_not_picked_twice():
     np.testing.assert_allclose(attend(queries, coreset), exact, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_weights_stay_bounded_where_few_dimensions_are_exhausted():
     rng = np.random.default_rng(0)
     keys, queries = rng.standard_normal((2, 1024, 4)).astype(np.float32)

@@ -163,6 +163,7 @@ def test_second_call_does_not_compile(name, cache):
     assert shared(name) == compressor
 
 
+@pytest.mark.slow
 def test_layers_have_options_and_information_of_their_own(cache):
     weight = 1 + np.arange(LAYERS * HEADS, dtype=np.float32).reshape(LAYERS, HEADS)
     compressor = budgets.pyramid(first(weight=weight))

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from coreset_jax import baselines, budgets
 from coreset_jax._src.core import driver
@@ -93,6 +94,7 @@ def count_by_hand(scores, mean, most):
     return counts
 
 
+@pytest.mark.slow
 def test_largest_scores_are_counted_as_by_hand():
     rng = np.random.default_rng(2)
     # Some are equal, and some are no numbers.

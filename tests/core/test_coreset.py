@@ -108,6 +108,7 @@ def test_the_whole_cache_answers_exactly(cache, queries, lengths):
     np.testing.assert_allclose(attend(queries, whole), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_slots_are_emptied_padded_packed_and_joined(signed, queries):
     """Every way to rearrange slots answers like the pairs that are left."""
     dropped = np.zeros((*LEADING, SIZE), bool)

@@ -45,6 +45,7 @@ def queries():
     return np.random.default_rng(1).standard_normal((*LEADING, 7, WIDTH)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_every_head_gets_its_own_fold_of_the_rng():
     draws = jax.vmap(lambda head: jax.random.uniform(jax.random.fold_in(RNG, head)))(jnp.arange(6))
     for leading in ((), (6,), (2, 3)):
@@ -117,6 +118,7 @@ def test_nothing_is_lost_where_nothing_has_to_go(cache):
             chex.assert_trees_all_equal(coreset, expected)
 
 
+@pytest.mark.slow
 def test_the_rng_decides_and_leading_axes_are_only_a_layout(cache):
     coreset = sampled()(RNG, *cache, size=SIZE)
     chex.assert_trees_all_equal(sampled()(RNG, *cache, size=SIZE), coreset)
@@ -179,6 +181,7 @@ def test_a_call_is_one_program_and_none_at_equal_shapes(cache, programs):
     assert cost(*cache, method="with_info") == 0
 
 
+@pytest.mark.slow
 def test_equal_shapes_are_traced_once(cache):
     class traced(sampled):  # noqa: N801
         """Of a class that nobody else has traced."""

@@ -104,6 +104,7 @@ def test_no_fit_makes_an_error_larger(moved):
     np.testing.assert_allclose(info.kernel_error_after[2], 0, atol=1e-4 * info.kernel_energy[2])
 
 
+@pytest.mark.slow
 def test_a_fit_that_cannot_improve_is_a_fallback(cache):
     """The whole of a head, a pair that answers exactly, and weights that are held from what is."""
     full = cj.Coreset(
@@ -138,6 +139,7 @@ def test_a_fit_that_cannot_improve_is_a_fallback(cache):
             jax.tree.map(np.testing.assert_array_equal, after, worse)
 
 
+@pytest.mark.slow
 def test_errors_of_samples_are_those_of_attention(cache):
     queries = np.random.default_rng(1).standard_normal((HEADS, 12, WIDTH)).astype(np.float32)
     before = newest()(RNG, *cache, size=SIZE)
@@ -151,6 +153,7 @@ def test_errors_of_samples_are_those_of_attention(cache):
     np.testing.assert_array_equal(info.accepted, True)
 
 
+@pytest.mark.slow
 def test_heavy_pairs_and_rounds_are_counted():
     keys, values = np.random.default_rng(2).standard_normal((2, HEADS, COUNT, WIDTH))
     keys[1, [3, 17]] *= 8
@@ -170,6 +173,7 @@ def test_heavy_pairs_and_rounds_are_counted():
     assert info.accepted is None
 
 
+@pytest.mark.slow
 def test_halvings_are_counted(cache):
     small = cj.balanced(block_size=8, landmarks=None, max_swaps=0, rho=2.0)
     _, info = small.with_info(RNG, *cache, size=SIZE, lengths=LENGTHS)

@@ -56,6 +56,7 @@ def test_every_topic_has_its_program():
         "experiments.model.train_lm",
         "experiments.questions.ask",
         "experiments.questions.board",
+        "experiments.questions.calibration",
         "experiments.theory.laws",
         "experiments.theory.lower_bound",
         "experiments.theory.sweep",

@@ -98,6 +98,7 @@ def made_up(seed, keys, values, size=SIZE):
     return cj.Coreset(*near, log_weights, indices)
 
 
+@pytest.mark.slow
 def test_columns_are_those_of_the_formulas(x64):
     keys, values, queries = draw(1)
     # One far out, which the kernel draws in.
@@ -117,6 +118,7 @@ def test_columns_are_those_of_the_formulas(x64):
                 np.testing.assert_allclose(after.values, fitted, atol=most)
 
 
+@pytest.mark.slow
 def test_plain_matching_is_the_baseline_behind_its_keys(x64):
     keys, values, queries = map(jnp.asarray, draw(2))
     expected = cj.baselines.attention_matching()(RNG, keys, values, size=SIZE, queries=queries)
@@ -168,6 +170,7 @@ def test_never_worse_for_the_samples(name, size):
     assert gained >= (12 if size > 1 else 6)
 
 
+@pytest.mark.slow
 def test_a_large_strength_leaves_the_columns():
     keys, values, queries = (array.astype(np.float32) for array in draw(3))
     before = jax.tree.map(np.float32, made_up(3, keys, values))
@@ -179,6 +182,7 @@ def test_a_large_strength_leaves_the_columns():
     np.testing.assert_allclose(after.values, before.values, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_common_factor_of_the_weights_is_not_seen():
     keys, values, queries = (array.astype(np.float32) for array in draw(4))
     before = sampled()(RNG, keys, values, size=SIZE)

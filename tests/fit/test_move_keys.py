@@ -48,6 +48,7 @@ def problem(keys, columns, marks, free, keep=False):
     return source, fits.fit_coefficients(fit, jnp.asarray(free))
 
 
+@pytest.mark.slow
 def test_coefficients_are_the_best_ones(x64):
     keys, columns, marks = small_problem()
     free = np.ones(len(marks), bool)
@@ -63,6 +64,7 @@ def test_coefficients_are_the_best_ones(x64):
         )
 
 
+@pytest.mark.slow
 def test_what_is_not_free_is_left_out(x64):
     keys, columns, marks = small_problem()
     free = np.arange(len(marks)) % 2 == 0
@@ -265,6 +267,7 @@ def test_heavy_pairs_stay_what_they_are():
     assert not np.array_equal(coreset.keys, keys[coreset.indices])
 
 
+@pytest.mark.slow
 def test_heavy_pairs_come_from_the_source_whatever_they_were_made_into():
     keys, values = jax.random.normal(RNG, (2, 400, 8))
     far = jnp.array([7, 123, 399])
@@ -285,6 +288,7 @@ def test_large_values_in_a_narrow_dtype_stay_finite():
         assert bool(jnp.all(jnp.isfinite(cj.attend(keys[:9].astype(dtype), coreset))))
 
 
+@pytest.mark.slow
 def test_without_steps_keys_stay():
     keys, values = jax.random.normal(RNG, (2, 3, 200, 8))
     start = cj.balanced()
@@ -310,6 +314,7 @@ def test_worst_error_is_a_fraction_of_that_of_the_fit_that_stays(rho):
     assert errors[2] < 0.3 * errors[0]
 
 
+@pytest.mark.slow
 def test_ragged_heads_are_heads_of_their_own():
     keys, values = jax.random.normal(RNG, (2, 4, 150, 6))
     lengths = jnp.array([150, 90, 20, 5])
@@ -348,6 +353,7 @@ def test_half_precision_is_fitted_where_it_is_rounded_to():
     assert miss(read) < 1.3 * miss(cj.fitted()(RNG, *wide, size=50))
 
 
+@pytest.mark.slow
 def test_one_trace_for_equal_shapes():
     chex.clear_trace_counter()
     compress = jax.jit(

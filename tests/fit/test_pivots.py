@@ -77,6 +77,7 @@ def draw(keys, importance, target, size, seed=0, block=8):
     return np.where(drawn < len(keys), drawn, -1)
 
 
+@pytest.mark.slow
 def test_pivots_are_distinct_and_reach_further_than_a_sample():
     keys = np.random.default_rng(1).standard_normal((300, 3))
     ours, samples = [], []

@@ -60,6 +60,7 @@ def families(seed):
     return keys.astype(np.float32), values.astype(np.float32)
 
 
+@pytest.mark.slow
 def test_weights_and_values_are_the_projection():
     """With hardly a ridge, what is left of the error is orthogonal to every kept key."""
     keys, values = families(1)
@@ -85,6 +86,7 @@ def test_weights_and_values_are_the_projection():
     np.testing.assert_allclose(found, best, atol=2e-3 * np.abs(best).max())
 
 
+@pytest.mark.slow
 def test_weights_alone_are_the_best_weights():
     keys, values = families(1)
     compressor = refit.weights(sampled(), ridge=1e-6, **KERNEL)

@@ -50,6 +50,7 @@ def test_against_brute_force(heads):
         )
 
 
+@pytest.mark.slow
 def test_agrees_with_the_standardization(heads):
     keys, queries = heads
     found = calibrate(keys, queries)

@@ -75,6 +75,7 @@ def test_reaches_the_supremum_of_a_fine_grid_in_the_plane():
         assert worst.error[head] >= 0.999 * errors64(grid, *found, head, 0.7).max()
 
 
+@pytest.mark.slow
 def test_finds_a_supremum_inside_the_ball():
     # Far out the outer keys, which both sides hold, outshout the inner ones, which only the source
     # holds; the error is largest on the way.
@@ -172,6 +173,7 @@ def test_the_whole_cache_has_no_error():
     assert np.all(search(0, *found, rho=2.0, lengths=31).error > 1e-3)
 
 
+@pytest.mark.slow
 def test_normalizers_are_read_as_attend_reads_them():
     keys, values, coreset = instance(7)
     weights = jnp.exp(coreset.log_weights)
@@ -212,6 +214,7 @@ def test_scores_of_any_size_do_not_overflow():
         assert worst.error[head] > 0.1
 
 
+@pytest.mark.slow
 def test_half_precision_is_searched_in_float32_and_everything_may_be_traced():
     for dtype in (jnp.bfloat16, jnp.float16):
         halves = jax.tree.map(
@@ -239,6 +242,7 @@ def test_equal_shapes_trace_once():
     assert _adversary._cache_size() == traced
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_scores():
     count, size, width = 131072, 16384, 64
     floats = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)

@@ -192,6 +192,7 @@ def test_double_precision_promises_no_more():
         np.testing.assert_allclose(small[modest], large[modest], rtol=0.02, atol=2e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_error_follows_from_the_shares_and_the_kernel_promises_less():
     promised = bound(*instance(1), rho=2 * RADII)
     shares = jnp.sum(promised.numerator, axis=-1), jnp.sum(promised.denominator, axis=-1)
@@ -326,6 +327,7 @@ def test_sharded_heads_in_half_precision_give_what_whole_ones_in_single_precisio
     np.testing.assert_allclose(promised.error, whole.error, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_pairs_of_pairs():
     count, size, width = 65536, 8192, 64
     floats = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)

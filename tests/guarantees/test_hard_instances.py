@@ -104,6 +104,7 @@ def test_the_full_cache_shows_its_bits_and_half_of_it_does_not(name):
         assert np.all(half.error > 0.01)
 
 
+@pytest.mark.slow
 def test_balanced_coresets_are_below_the_information_bound():
     # Many bits a pair: here a choice of pairs tells little, and the bound bites.
     drawn = instances("sketch")

@@ -221,6 +221,7 @@ def assert_same(left, right, factor=1.0):
     np.testing.assert_allclose(left.denominator[:, 1:], right.denominator[:, 1:], rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_order_and_orientation_do_not_matter_and_values_scale():
     rng = np.random.default_rng(0)
     keys, values = (rng.normal(size=(HEADS, COUNT, width)) for width in (WIDTH, VALUE_WIDTH))

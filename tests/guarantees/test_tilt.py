@@ -32,6 +32,7 @@ def bound(keys, values, coreset, center, rho=1.0):
     return certificate(keys, values, coreset, query_center=center, block_size=128, **known)
 
 
+@pytest.mark.slow
 def test_queries_about_a_mean_see_weighted_pairs():
     keys, values, coreset, center = instance(0)
     masked = (jnp.where(jnp.isfinite(each), each, 0) for each in (keys, values))
@@ -61,6 +62,7 @@ def test_a_mean_of_zero_promises_the_same():
     np.testing.assert_allclose(about.error, plain.error, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_mean_that_is_not_finite_has_no_promise():
     keys, values, coreset, center = instance(2)
     broken = bound(keys, values, coreset, center.at[0, 1, 2].set(jnp.nan)).error

@@ -20,6 +20,7 @@ def ones(sequences, stop, start=0):
         yield sequences.cut(place, place + 1)
 
 
+@pytest.mark.slow
 def test_exact_while_everything_fits(sequences, empty_cache):
     expected = sequences.cut(0, FIT).causal()
     singles = empty_cache()
@@ -53,6 +54,7 @@ def test_padding_is_as_if_it_were_not_there(sequences, empty_cache):
         np.testing.assert_allclose(after[[entry]], alone[:, count:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_thousands_of_steps_stay_bounded_and_weigh_what_has_come(
     sequences, config, empty_cache, weights
 ):
@@ -111,6 +113,7 @@ def check_held(cache, sequences, weights):
             np.testing.assert_array_equal(part[entry, head][full], source[entry, held, head])
 
 
+@pytest.mark.slow
 def test_held_pairs_are_those_of_the_sequence(sequences, empty_cache, subsets, weights):
     nothing, some, ragged = np.zeros(4, int), np.array([0, 3, 57, 90]), np.array([17, 1, 5, 12])
     single = empty_cache(), nothing, 1, np.ones(4, int)
@@ -172,6 +175,7 @@ def test_prompts_are_compressed_with_the_same_key_for_every_sequence(
         assert np.any(found[1] != found[0])
 
 
+@pytest.mark.slow
 def test_prompts_are_read_a_few_queries_at_a_time(sequences, monkeypatch):
     queries = jnp.asarray(sequences.queries)
     new = tuple(grouped.by_head(jnp.asarray(array)) for array in sequences[1:])
@@ -198,6 +202,7 @@ def test_padding_may_hold_anything(sequences, empty_cache):
         chex.assert_trees_all_equal(run(filling), expected)
 
 
+@pytest.mark.slow
 def test_a_sequence_changes_no_other(sequences, empty_cache):
     """The batch compresses at other times, too: one of them has a longer prompt."""
 
@@ -239,6 +244,7 @@ def test_what_is_not_finite_is_never_lost(sequences, empty_cache):
             np.testing.assert_array_equal(np.isnan(answers), expected)
 
 
+@pytest.mark.slow
 def test_without_a_middle_older_pairs_are_dropped(config, sequences, empty_cache):
     config = config.replace(size=config.sinks + config.num_recent)
     cache = empty_cache(config).prefill(*sequences[1:], np.full(4, 100))

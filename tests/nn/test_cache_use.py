@@ -131,6 +131,7 @@ def test_a_batch_may_be_sharded(sequences, empty_cache):
     np.testing.assert_array_equal(cache.positions, single.positions)
 
 
+@pytest.mark.slow
 def test_half_precision_is_kept(sequences, empty_cache):
     halves = type(sequences)(*(jnp.asarray(array, jnp.bfloat16) for array in sequences))
     empty = empty_cache(like=halves)
@@ -177,6 +178,7 @@ def test_every_subset_method_plugs_in(sequences, empty_cache, config, weights, m
     assert np.abs(outputs).max() < np.abs(sequences.values).max()
 
 
+@pytest.mark.slow
 def test_compressors_are_handed_the_last_queries(sequences, empty_cache, config):
     seen = []
     compressor = compressors.sampled(note=lambda queries: seen.append(np.asarray(queries)))

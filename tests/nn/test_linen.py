@@ -96,6 +96,7 @@ def test_drops_out_and_sows_like_the_plain_module(inputs):
     chex.assert_trees_all_close(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_groups_and_rotary_positions_against_a_direct_computation(inputs):
     options = {"num_kv_heads": 2, "rope_base": 100.0}
     params = ours(**options).init(jax.random.key(1), inputs)["params"]
@@ -121,6 +122,7 @@ def test_groups_and_rotary_positions_against_a_direct_computation(inputs):
     np.testing.assert_allclose(found[1, :5], expected[1, :5], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_init_makes_an_empty_cache_and_leaves_it_empty(inputs):
     module = ours(decode=True)
     outputs, variables = module.init_with_output(jax.random.key(0), inputs)
@@ -161,6 +163,7 @@ def test_takes_the_options_of_a_cache(inputs):
     assert shapes["cache"]["coreset"].config == CacheConfig(max_length=LENGTH, **options)
 
 
+@pytest.mark.slow
 def test_wrong_use_is_refused(inputs):
     module = ours(decode=True)
     variables = module.init(jax.random.key(0), inputs[:, :20])

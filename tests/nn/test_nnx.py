@@ -92,6 +92,7 @@ def test_rotary_positions_are_those_of_the_sequence(inputs):
     np.testing.assert_allclose(found[1:], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_many_steps_are_traced_once_and_keep_their_shapes(inputs):
     plain, ours = pair(num_kv_heads=2, window=12)
     expected = plain(inputs, mask=nnx.make_causal_mask(inputs[..., 0]), decode=False)
@@ -110,6 +111,7 @@ def test_many_steps_are_traced_once_and_keep_their_shapes(inputs):
     np.testing.assert_array_equal(after.lengths, 200)
 
 
+@pytest.mark.slow
 def test_half_precision_modules_keep_half_precision_caches(inputs):
     _, ours = pair(num_kv_heads=2, dtype=jnp.bfloat16)
     ours.init_cache((BATCH, LENGTH, FEATURES), jnp.bfloat16)
@@ -120,6 +122,7 @@ def test_half_precision_modules_keep_half_precision_caches(inputs):
         ours(inputs[:, :8].astype(jnp.bfloat16), decode=True)
 
 
+@pytest.mark.slow
 def test_wrong_use_is_refused(inputs):
     _, ours = pair(num_kv_heads=2)
     with pytest.raises(ValueError, match="init_cache"):

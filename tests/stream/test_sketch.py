@@ -60,6 +60,7 @@ def test_a_measure_on_the_landmarks_is_its_own_projection(pairs, geometry):
     np.testing.assert_allclose(projected, coefficients, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_projection_keeps_what_the_landmarks_see(pairs, geometry):
     """Read at a landmark, a measure and its projection agree."""
     landmarks, coefficients = pairs.keys[:10], drawn(3, 40, 4)

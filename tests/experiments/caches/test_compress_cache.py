@@ -201,6 +201,7 @@ class TestPassage:
         with pytest.raises(ValueError, match=message):
             read_passage(tiny(tmp_path, **changes))
 
+    @pytest.mark.slow
     def test_missing_file_ends_the_program_in_one_line(self, tmp_path: pathlib.Path) -> None:
         command = [sys.executable, "-m", "experiments.caches.compress_cache"]
         flags = ["--config=configs/compress_cache.py", f"--config.text={tmp_path / 'missing'}"]

@@ -31,6 +31,7 @@ def small(method):
     return decoding.cache_config(method, 40, 0.25, 4)
 
 
+@pytest.mark.slow
 def test_full_cache_costs_what_the_model_costs(model, prompt):
     """Prompt and pieces, against one pass over the text."""
     expected = np.asarray(lm.byte_costs(model, TOKENS))[:, 80:]

@@ -91,6 +91,7 @@ def test_coreset_and_exact_pairs_against_brute_force(normalizers):
         np.testing.assert_allclose(found[row, place, head], expected, rtol=2e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_anything_behind_it_is_attention_over_the_coreset():
     """One new pair that nobody looks at: its key points away from every query."""
     coreset = invented_coreset(normalizers=True)
@@ -102,6 +103,7 @@ def test_without_anything_behind_it_is_attention_over_the_coreset():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_whole_cache_costs_what_the_model_costs(model):
     tokens = passages("code", 2, 120, 0)
     texts = works.read_texts(model, tokens, 80, 20)
@@ -283,6 +285,7 @@ def test_bytes_count_what_answers_depend_on():
     assert coreset_bytes(weighted) == 14 * 8 * 4
 
 
+@pytest.mark.slow
 def test_errors_are_relative_to_the_mean_norm_of_a_head():
     keys, values, queries = NORMAL(jax.random.key(0), (3, 2, 40, 8))
     coreset = cj.baselines.uniform()(jax.random.key(1), keys, values, size=10)
@@ -320,6 +323,7 @@ def test_bad_configurations_are_refused():
             leaderboard.check(config)
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_is_a_dash_and_the_others_go_on(monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("out of memory\nat great length")

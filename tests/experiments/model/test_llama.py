@@ -53,6 +53,7 @@ def test_blocks_are_one_program() -> None:
     assert len(set(graphs)) == 1
 
 
+@pytest.mark.slow
 def test_step_by_step_is_the_whole_pass() -> None:
     model = tiny(PLAIN)
     expected = logits(PLAIN, checkpoint.parameters(model), TOKENS[:60])
@@ -64,6 +65,7 @@ def test_step_by_step_is_the_whole_pass() -> None:
     np.testing.assert_allclose(found, expected[40:], rtol=0, atol=1e-4 * np.std(expected))
 
 
+@pytest.mark.slow
 def test_from_an_empty_cache_as_well() -> None:
     model = tiny(PLAIN)
     caches = decoding.empty(PLAIN, 1, None, 60)

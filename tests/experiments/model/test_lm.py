@@ -140,6 +140,7 @@ class TestModel:
         assert score(700, 600) == pytest.approx(score(100, 0), abs=1e-3)
         assert score(700, 600) != pytest.approx(score(700, 500), abs=1e-3)
 
+    @pytest.mark.slow
     def test_first_layer_against_float64(self, small: lm.Decoder) -> None:
         tokens = np.random.default_rng(0).integers(0, 256, 150)
         trace = lm.caches(small, tokens)
@@ -168,6 +169,7 @@ class TestModel:
         for whole, part in zip(batched, single, strict=True):
             np.testing.assert_allclose(whole[1], part, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.slow
     def test_causality(self, small: lm.Decoder) -> None:
         tokens = np.random.default_rng(2).integers(0, 256, (1, 200))
         changed = tokens.copy()
@@ -176,6 +178,7 @@ class TestModel:
         np.testing.assert_array_equal(before[:, :150], after[:, :150])
         assert np.abs(before[:, 150:] - after[:, 150:]).max() > 1e-2
 
+    @pytest.mark.slow
     def test_embedding_in_pieces(self, small: lm.Decoder) -> None:
         tokens = jnp.asarray(np.random.default_rng(3).integers(0, 256, (2, 20)))
         whole, _ = small.embed(tokens)
@@ -192,6 +195,7 @@ class TestModel:
         np.testing.assert_allclose(lm.byte_costs(small, tokens), expected, rtol=1e-4, atol=1e-4)
         assert lm.bits_per_byte(small, tokens) == pytest.approx(expected.mean(), rel=1e-4)
 
+    @pytest.mark.slow
     def test_stream_is_read_in_cold_windows(self, small: lm.Decoder) -> None:
         stream = np.random.default_rng(5).integers(0, 256, 48).astype(np.uint8)
         # 47 bytes to predict: twice 20 and 7, every window from the last byte of the one before.
@@ -202,6 +206,7 @@ class TestModel:
         with pytest.raises(ValueError, match="stream"):
             lm.stream_bits_per_byte(small, stream[:1], width=20)
 
+    @pytest.mark.slow
     def test_save_and_load(self, small: lm.Decoder, tmp_path: pathlib.Path) -> None:
         path = tmp_path / "model.safetensors"
         lm.save(path, small, SMALL, {"step": "3"})
@@ -312,6 +317,7 @@ class TestShippedCheckpoint:
         sample = text.windows(text.stream("heldout"), 8, 2048)
         assert lm.bits_per_byte(shipped, sample) < 1.7
 
+    @pytest.mark.slow
     def test_repeated_text_is_cheaper(self, shipped: lm.Decoder) -> None:
         passages = text.demo_text(4096).reshape(16, 256)
 
@@ -352,6 +358,7 @@ class TestTraining:
         with pytest.raises(ValueError, match="decay_start"):
             training.learning_rate_factor(config)
 
+    @pytest.mark.slow
     def test_bfloat16_products_and_their_gradients(self) -> None:
         x = jax.random.normal(jax.random.key(0), (2, 40, 32))
         kernel = jax.random.normal(jax.random.key(1), (32, 24))

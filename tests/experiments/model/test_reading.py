@@ -51,6 +51,7 @@ def test_consumer_gets_every_query_once(model: lm.Model, whole: lm.Trace) -> Non
             near(getattr(each, name), getattr(whole, name)[each.layer, :, each.start : stop])
 
 
+@pytest.mark.slow
 def test_in_two_parts() -> None:
     # Not a model of bytes, which looks at the two bytes before the second part.
     model = tiny(CONFIGS["qwen3"])
@@ -71,6 +72,7 @@ def test_order_of_pairs_from_before_is_of_no_matter() -> None:
     near(turned.residual, straight.residual)
 
 
+@pytest.mark.slow
 def test_once_more_behind_the_full_cache() -> None:
     """A text that is read again sees all of itself, at the positions that are named."""
     model = tiny(PLAIN)
@@ -83,6 +85,7 @@ def test_once_more_behind_the_full_cache() -> None:
     assert np.abs(np.asarray(elsewhere.residual - again.residual)).max() > 0.01
 
 
+@pytest.mark.slow
 def test_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(PLAIN)
     compiled = []

@@ -95,6 +95,7 @@ def test_sources(document: documents.Document) -> None:
         assert entrant.category in entrants.CLASSES
 
 
+@pytest.mark.slow
 def test_conversation_over_the_full_cache(model: Pretrained, document: documents.Document) -> None:
     logits = model.model(jnp.asarray(TOKENS)[None])[0]
     expected = jax.nn.log_softmax(logits[LENGTH:])
@@ -163,6 +164,7 @@ def test_passages_of_splits_have_no_text_in_common() -> None:
         texts.passage("code", "tuning", 99, 10, tokenizer)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_calibration_of_all_heads(model: Pretrained, document: documents.Document) -> None:
     found = calibration.measure(document, ratio=2, seed=0)
     assert set(found) == {each.name for each in calibration.QUANTITIES}

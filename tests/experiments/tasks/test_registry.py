@@ -113,6 +113,7 @@ def test_facts_lie_where_they_are_said_to(task):
         assert all(len(fact) < 250 and fact.endswith(".") for fact in facts)
 
 
+@pytest.mark.slow
 def test_facts_lie_anywhere_in_the_context():
     examples = [generate("single_1", seed=s, length=600, tokenizer=Words()) for s in range(60)]
     depths = sorted(example.facts[0][0] / len(example.context) for example in examples)
