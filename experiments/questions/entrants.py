@@ -168,6 +168,13 @@ _TABLE = (
         lambda _: cj.keep_ends(baselines.attention_matching()),
     ),
     Entrant(
+        "attended_reconstruction",
+        "attended, one budget, reconstruction alone",
+        "reconstruction",
+        lambda _: cj.attended(axes=EVERY_HEAD),
+        ours=True,
+    ),
+    Entrant(
         "attended_again",
         "attended, one budget, reconstruction",
         "both",

@@ -28,7 +28,7 @@ from coreset_jax._src.fit.coefficients import (
     project_onto,
 )
 from coreset_jax._src.fit.newton import descend
-from coreset_jax._src.fit.pivots import heavy_pairs, log_importance
+from coreset_jax._src.fit.pivots import alone_in_head, log_importance
 from coreset_jax._src.geometry.kernel_geometry import Geometry, fitting_geometry
 
 # No key stands for less than this part of a pair.
@@ -66,7 +66,7 @@ def _problem(
     # Heavy pairs that were kept stay what they are, and nothing else has to answer for them.
     if alone is None:
         importance = log_importance(geometry, head.keys, head.values, head.inside)
-        heavy = heavy_pairs(importance, coreset.indices.shape[0])
+        heavy = alone_in_head(head, importance, coreset.indices.shape[0])
         alone = heavy[jnp.minimum(places, head.count - 1)]
     still = (places < head.count) & alone
     free = held & ~still

@@ -20,6 +20,7 @@ from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.geometry.kernel_geometry import Geometry, fitting_geometry
 from coreset_jax._src.geometry.kernels import gaussian_kernel
+from coreset_jax._src.geometry.sinks import likely_sinks
 from coreset_jax._src.geometry.solves import cholesky_factor, one_by_one
 from coreset_jax._src.precision import matmul
 
@@ -42,6 +43,9 @@ _ROUNDINGS = 512
 
 # A draw that adds nothing is drawn again, but not for ever.
 _MOST_ROUNDS = 64
+
+# What outweighs all other pairs together, as a logarithm.
+_FAR_BEYOND = 30.0
 
 # Of the slots, heavy pairs may take no more than so many eighths.
 _HEAVY_EIGHTHS = 7
@@ -101,6 +105,19 @@ def heavy_pairs(importance: Float[Array, " n"], size: int) -> Bool[Array, " n"]:
     # Mostly there are few rounds.
     more = jnp.any(allowed)
     return jax.lax.while_loop(lambda state: state[1], extend, (none, more))[0]
+
+
+def alone_in_head(head: Head, importance: Float[Array, " n"], size: int) -> Bool[Array, " n"]:
+    """The pairs that stand for themselves alone: heavy ones, and what attention rests on unasked.
+
+    Args:
+      head: the head.
+      importance: logarithms of the importance of its pairs, as from :func:`log_importance`.
+      size: slots, static.
+    """
+    sinks = likely_sinks(head.keys.astype(head.dtype), head.inside)
+    # Beyond all others, and still near enough for these to count beside each other.
+    return heavy_pairs(jnp.where(sinks, jnp.max(importance) + _FAR_BEYOND, importance), size)
 
 
 class _Factor(NamedTuple):
@@ -303,7 +320,7 @@ def select_pivots(
     count, dtype = head.count, head.dtype
     geometry = fitting_geometry(head.standardization, kernel_radius)
     importance = log_importance(geometry, head.keys, head.values, head.inside)
-    heavy = heavy_pairs(importance, size)
+    heavy = alone_in_head(head, importance, size)
     light = jnp.where(heavy, -jnp.inf, importance)
 
     def kernel_of(places: Array) -> tuple[KernelRows, Array]:
