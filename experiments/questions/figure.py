@@ -13,10 +13,11 @@ from experiments.questions.tables import Found, values
 
 def draw(config: ml_collections.ConfigDict, found: Found) -> matplotlib.figure.Figure:
     """Scores of answers and divergences of methods, over the ratio of compression."""
-    figure = figures.new(10.0, 4.2)
-    scores, texts = figure.subplots(1, 2)
     full = values(found, "score", method=FULL)
-    if full:
+    # A panel without anything in it would be half of the picture.
+    figure = figures.new(10.0 if full else 6.5, 4.2)
+    scores, texts = figure.subplots(1, 2) if full else (None, figure.subplots())
+    if scores is not None:
         scores.axhline(float(np.mean(full)), color="#888888", linewidth=1)
         scores.annotate(
             "full cache",
@@ -31,6 +32,8 @@ def draw(config: ml_collections.ConfigDict, found: Found) -> matplotlib.figure.F
         (scores, "score", config.task_ratios, config.task_methods),
         (texts, "divergence", config.ratios, config.methods),
     ):
+        if axes is None:
+            continue
         for entrant in chosen(methods):
             if entrant.look is None:
                 continue
@@ -46,11 +49,12 @@ def draw(config: ml_collections.ConfigDict, found: Found) -> matplotlib.figure.F
             figures.doubling_axis(axes, ratios, "×")
         axes.set_xlabel("pairs of the cache over pairs kept")
         figures.grid(axes)
-    scores.set_ylim(0, 1.05)
-    scores.set_title("Questions about documents", fontsize=10)
-    scores.set_ylabel("share of references in the answer")
+    if scores is not None:
+        scores.set_ylim(0, 1.05)
+        scores.set_title("Questions about documents", fontsize=10)
+        scores.set_ylabel("share of references in the answer")
     texts.set_yscale("log")
     texts.set_title("Continuations of texts", fontsize=10)
     texts.set_ylabel("divergence from the full cache, bits a token")
-    figures.legend_below(figure, texts, columns=3)
+    figures.legend_below(figure, texts, columns=3 if full else 2)
     return figure

@@ -33,7 +33,7 @@ def likely_sinks(keys: Float[Array, "n d"], inside: Bool[Array, " n"]) -> Bool[A
     sizes = jnp.maximum(jnp.max(jnp.abs(keys), axis=-1), jnp.finfo(keys.dtype).tiny)
     unit = keys / sizes[:, None]
     # The norm of the center is common to all.
-    cosines = jnp.sum(unit * center, axis=-1) / jnp.maximum(
+    cosines = jnp.sum(unit * center[None], axis=-1) / jnp.maximum(
         jnp.sqrt(jnp.sum(jnp.square(unit), axis=-1)), jnp.finfo(keys.dtype).tiny
     )
     mean = jnp.sum(jnp.where(inside, cosines, 0)) / count
