@@ -258,8 +258,8 @@ def _adversary(
     best = jnp.argmax(errors, axis=-1, keepdims=True)
     point = jnp.take_along_axis(points, best[..., None], axis=-2)
     query = standardization.restore_queries(standardization.rho[..., None, None] * point)
-    if query_center is not None:
-        query = query + query_center.astype(dtype)[..., None, :]
+    if seen.center is not None:
+        query = query + seen.center[..., None, :]
     error = jnp.take_along_axis(errors, best, axis=-1)
     return Adversary(error[..., 0], query[..., 0, :], errors, standardization.rho)
 

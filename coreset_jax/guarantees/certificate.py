@@ -177,8 +177,7 @@ def _certificate(
     atoms = jnp.where(jnp.all(held), count, count + size)
     blocks = -(-atoms // block_size), jnp.full_like(atoms, -(-size // block_size))
     head = functools.partial(_certify_head, blocks=blocks, degrees=degrees, block_size=block_size)
-    error = None if query_center is None else seen.error
-    return over_axes(head, axes)(seen.source, seen.coreset, seen.standardization, held, error)
+    return over_axes(head, axes)(seen.source, seen.coreset, seen.standardization, held, seen.error)
 
 
 def certificate(

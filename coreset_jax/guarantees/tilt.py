@@ -28,13 +28,16 @@ class Tilted(NamedTuple):
       source: all pairs, with :math:`s\langle\mu, k_i - \bar k\rangle` as log-weights; minus
         infinity on padding.
       coreset: the coreset, with the same added to its log-weights.
-      error: what these may be wrong by, in unit roundoffs, ``[...]``.
+      center: the mean query of every head ``[..., d]``; ``None`` where it is zero.
+      error: what all log-weights may be wrong by, in unit roundoffs, ``[...]``; ``None`` where
+        those of the source are zero.
       standardization: the unit problem about the weighted means of the source.
     """
 
     source: Coreset
     coreset: Coreset | SignedCoreset
-    error: Float[Array, "*heads"]
+    center: Float[Array, "*heads d"] | None
+    error: Float[Array, "*heads"] | None
     standardization: Standardization
 
 
@@ -64,13 +67,12 @@ def tilted(
     known: dict[str, Any] = {"scale": scale, "lengths": lengths, **radius}
     dtype = keys.dtype
     source = whole_cache(keys, values, lengths)
-    zero = jnp.zeros_like(keys[..., 0, 0])
     if query_center is None:
         standardization = standardize(keys, values, queries=queries, **known)
-        return Tilted(source, coreset, zero, standardization)
+        return Tilted(source, coreset, None, None, standardization)
     center = jnp.broadcast_to(query_center.astype(dtype), keys[..., 0, :].shape)
     factor = default_scale(keys.shape[-1]) if scale is None else scale
-    mean = (jnp.asarray(factor, dtype) + zero)[..., None] * center
+    mean = jnp.broadcast_to(jnp.asarray(factor, dtype), center.shape[:-1])[..., None] * center
     inside = (source.log_weights > -jnp.inf)[..., None]
     # About the mean key, so that a common part of all keys costs no digits.
     rows = jnp.where(inside, keys, 0)
@@ -83,9 +85,7 @@ def tilted(
         rows = keys.astype(dtype) - middle[..., None, :]
         return jnp.max(row_norms(rows), axis=-1)
 
-    source = source._replace(
-        log_weights=jnp.where(inside[..., 0], tilts(rows), -jnp.inf),
-    )
+    source = source._replace(log_weights=jnp.where(inside[..., 0], tilts(rows), -jnp.inf))
     taken = ~jnp.isneginf(coreset.log_weights)
     kept = jnp.where(taken[..., None], coreset.keys, jnp.zeros_like(coreset.keys))
     log_weights = coreset.log_weights.astype(dtype)
@@ -101,4 +101,4 @@ def tilted(
     standardization = standardize(
         keys, values, queries=queries, log_weights=source.log_weights, **known
     )
-    return Tilted(source, coreset, error, standardization)
+    return Tilted(source, coreset, center, error, standardization)

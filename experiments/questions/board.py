@@ -122,4 +122,4 @@ def run(config: ml_collections.ConfigDict) -> Found:
 
 
 if __name__ == "__main__":
-    command.main(run, "configs/questions.py", OSError, ValueError)
+    command.main(run, "configs/questions.py", OSError, ValueError, ModuleNotFoundError)

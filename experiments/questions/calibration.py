@@ -20,8 +20,6 @@ In ``<output>`` are ``calibration.jsonl``, a line for every head, and ``calibrat
 
 from __future__ import annotations
 
-import functools
-import json
 import pathlib
 from typing import NamedTuple
 
@@ -34,11 +32,14 @@ from absl import logging
 from jaxtyping import Array, Float
 
 import coreset_jax as cj
+from coreset_jax._src.precision import matmul
 from experiments.common import command, figures, results
 from experiments.common.tables import print_table, stamp
 from experiments.model import pretrained
 from experiments.questions import documents, texts
 from experiments.questions.entrants import EVERY_HEAD
+
+_QUERIES_AT_ONCE = 128
 
 # Up to this radius bounds on the worst query say something.
 _CERTIFIED = 4.0
@@ -72,9 +73,9 @@ QUANTITIES = (
 )
 
 
-@functools.partial(jax.jit, static_argnames="block")
+@jax.jit
 def _scores(
-    keys: Float[Array, "heads n d"], queries: Float[Array, "heads q d"], *, block: int = 128
+    keys: Float[Array, "heads n d"], queries: Float[Array, "heads q d"]
 ) -> tuple[Float[Array, " heads"], Float[Array, " heads"]]:
     """The standard deviation of scores over pairs, and the attention of the first one."""
 
@@ -82,10 +83,10 @@ def _scores(
         keys, queries = pair
 
         def of(query: Array) -> tuple[Array, Array]:
-            scores = keys @ query * keys.shape[-1] ** -0.5
+            scores = matmul(keys, query) * keys.shape[-1] ** -0.5
             return jnp.std(scores), jax.nn.softmax(scores)[0]
 
-        spreads, sinks = jax.lax.map(of, queries, batch_size=block)
+        spreads, sinks = jax.lax.map(of, queries, batch_size=_QUERIES_AT_ONCE)
         return jnp.mean(spreads), jnp.mean(sinks)
 
     return jax.lax.map(head, (keys, queries))
@@ -185,11 +186,12 @@ def run(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
     )
     print_heads(found, caption)
     output = pathlib.Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    with results.replacing(output / "calibration.jsonl") as partial, open(partial, "w") as file:
-        for layer, head in np.ndindex(*found["rho"].shape):
-            values = {name: float(each[layer, head]) for name, each in found.items()}
-            file.write(json.dumps({"layer": layer, "head": head, **values}) + "\n")
+    store = results.Results(output / "calibration.jsonl", fresh=True)
+    names = ("model", "dtype", "kind", "split", "passage", "passage_tokens", "ratio", "seed")
+    settings = {name: config[name] for name in names}
+    for layer, head in np.ndindex(*found["rho"].shape):
+        values = {name: float(each[layer, head]) for name, each in found.items()}
+        store.put(settings | {"layer": layer, "head": head}, values)
     figures.save(output / "calibration.png", draw(found))
     print(output / "calibration.jsonl")
     print(output / "calibration.png")
@@ -197,4 +199,4 @@ def run(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    command.main(run, "configs/calibration.py", OSError, ValueError)
+    command.main(run, "configs/calibration.py", OSError, ValueError, ModuleNotFoundError)

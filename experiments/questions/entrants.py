@@ -20,6 +20,10 @@ CLASSES = {
 """What methods are compared with: the same of a document, and the same passes of the model."""
 
 
+# Newest pairs that rivals keep in any case, and the share of the slots that they may take at most.
+_RECENT, _RECENT_SHARE = 64, 7
+
+
 class Setting(NamedTuple):
     """What a method may have to know beside what it is given.
 
@@ -32,6 +36,11 @@ class Setting(NamedTuple):
     groups: int
     size: int
     rope_base: float
+
+    @property
+    def recent(self) -> int:
+        """Newest pairs that rivals keep in any case: 64, or a seventh of few slots."""
+        return min(_RECENT, self.size // _RECENT_SHARE)
 
     @classmethod
     def of(cls, config: LlamaConfig, size: int) -> "Setting":
@@ -69,17 +78,16 @@ class Entrant(NamedTuple):
         return f"{self.label} (ours)" if self.ours else self.label
 
 
-# Pairs that KVzip keeps at the end, and the share of its slots that they may take at most.
-_RECENT, _RECENT_SHARE = 64, 7
-
-
 def _balanced(_: Setting) -> cj.Compressor:
     return cj.keep_ends(refit.weights(cj.balanced()))
 
 
 def _kvzip(setting: Setting, axes: tuple[int, ...] = ()) -> cj.Compressor:
-    recent = min(_RECENT, setting.size // _RECENT_SHARE)
-    return baselines.kvzip(num_recent=recent, axes=axes)
+    return baselines.kvzip(num_recent=setting.recent, axes=axes)
+
+
+def _attended(_: Setting) -> cj.Compressor:
+    return cj.attended(axes=EVERY_HEAD)
 
 
 _TABLE = (
@@ -108,7 +116,7 @@ _TABLE = (
         lambda setting: baselines.compactor(
             rope_base=setting.rope_base,
             sinks=min(16, setting.size // 8),
-            num_recent=min(_RECENT, setting.size // _RECENT_SHARE),
+            num_recent=setting.recent,
         ),
     ),
     Entrant("balanced", "balanced, weights refitted", "nothing", _balanced, ours=True),
@@ -144,7 +152,7 @@ _TABLE = (
         "attended",
         "attended, one budget",
         "ahead",
-        lambda _: cj.attended(axes=EVERY_HEAD),
+        _attended,
         ours=True,
         look=Look("#0072B2", "-", "o"),
     ),
@@ -171,14 +179,14 @@ _TABLE = (
         "attended_reconstruction",
         "attended, one budget, reconstruction alone",
         "reconstruction",
-        lambda _: cj.attended(axes=EVERY_HEAD),
+        _attended,
         ours=True,
     ),
     Entrant(
         "attended_again",
         "attended, one budget, reconstruction",
         "both",
-        lambda _: cj.attended(axes=EVERY_HEAD),
+        _attended,
         ours=True,
         look=Look("#CC79A7", "-", "P"),
     ),

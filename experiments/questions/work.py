@@ -106,16 +106,13 @@ class Work:
         conversation = Conversation(self.pretrained, document, coreset, room)
         answers = [conversation.answer(turn, example.max_new_tokens) for turn in turns]
         scores = [scoring.score(example, answer, turn) for turn, answer in enumerate(answers)]
-        later = {"later": float(np.mean(scores[1:]))} if scores[1:] else {}
-        return (
-            found
-            | later
-            | {
-                "score": scores[0],
-                "answer": answers[0],
-                "references": list(example.references),
-            }
-        )
+        if scores[1:]:
+            found["later"] = float(np.mean(scores[1:]))
+        return found | {
+            "score": scores[0],
+            "answer": answers[0],
+            "references": list(example.references),
+        }
 
     def _off_context(
         self, document: Document, coreset: cj.Coreset | None, example: Example, question: list[int]

@@ -27,16 +27,17 @@ def likely_sinks(keys: Float[Array, "n d"], inside: Bool[Array, " n"]) -> Bool[A
       inside: which pairs are no padding.
     """
     count = jnp.sum(inside, dtype=keys.dtype)
-    center = jnp.sum(keys, axis=0)
-    # In units of the largest number: squares of others may be none.
-    center = center / jnp.maximum(jnp.max(jnp.abs(center)), jnp.finfo(keys.dtype).tiny)
-    sizes = jnp.maximum(jnp.max(jnp.abs(keys), axis=-1), jnp.finfo(keys.dtype).tiny)
-    unit = keys / sizes[:, None]
-    # The norm of the center is common to all.
-    cosines = jnp.sum(unit * center[None], axis=-1) / jnp.maximum(
-        jnp.sqrt(jnp.sum(jnp.square(unit), axis=-1)), jnp.finfo(keys.dtype).tiny
-    )
+    unit, center = _directions(keys), _directions(jnp.sum(keys, axis=0, keepdims=True))
+    cosines = jnp.sum(unit * center, axis=-1)
     mean = jnp.sum(jnp.where(inside, cosines, 0)) / count
     offsets = jnp.where(inside, cosines - mean, 0)
     deviation = jnp.sqrt(jnp.sum(jnp.square(offsets)) / count)
     return inside & (offsets < -_APART * deviation)
+
+
+def _directions(rows: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Rows of norm one, zero where they are zero, whatever squares would under- or overflow."""
+    tiny = jnp.finfo(rows.dtype).tiny
+    rows = rows / jnp.maximum(jnp.max(jnp.abs(rows), axis=-1, keepdims=True), tiny)
+    norms = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True))
+    return rows / jnp.maximum(norms, tiny)
