@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from coreset_jax._src.stream.halvings import check_heads
 from coreset_jax._src.stream.summary import Summary
@@ -29,13 +29,18 @@ class CoresetCache:
     and cost nothing. Batch entries are independent of each other. A NaN or an infinity makes the
     outputs of its head NaN as long as it is held, and for good once it has joined the middle.
 
+    All arrays start with the batch: ``jax.tree.map(lambda leaf: leaf[order], cache)`` reorders or
+    repeats sequences, as a beam search does, and each goes on as it would have in its old row.
+
     Attributes:
       sinks: the first pairs of each sequence.
       middle: what stands for the pairs between, one summary of a stream a head.
       recent: the newest pairs of each sequence, oldest first.
       filled: number of valid pairs of ``recent`` ``[batch]``.
-      lengths: pairs that have come ``[batch]``.
-      rng: data of a random key, for compressors that want one.
+      lengths: pairs that have come ``[batch]``. A sequence of length 0 is an empty one, whatever
+        else its row holds.
+      rng: data of a random key ``[batch, 2]``, the same for every sequence, for compressors that
+        want one.
       config: the options.
 
     >>> import jax
@@ -55,7 +60,7 @@ class CoresetCache:
     recent: KVBlock
     filled: Int[Array, " batch"]
     lengths: Int[Array, " batch"]
-    rng: UInt32[Array, " words"]
+    rng: UInt32[Array, "batch words"]
     config: CacheConfig = struct.field(pytree_node=False)
 
     @classmethod
@@ -81,6 +86,14 @@ class CoresetCache:
         """
         checks.check_pairs(keys, values)
         check_heads(config.compressor, keys.shape[2:3], config.block_size, keys.shape[3])
+        words = jnp.zeros_like(keys[:, 0, 0, :1], jnp.uint32)
+        words = words + jax.random.bits(rng, (1, 2), jnp.uint32)
+        return cls._empty(config, words, keys, values)
+
+    @classmethod
+    def _empty(
+        cls, config: CacheConfig, words: Array, keys: Array, values: Array
+    ) -> "CoresetCache":
         key, value = (by_head(array)[..., 0, :] for array in (keys, values))
         # Two arrays, or they could not both be donated.
         filled, lengths = (jnp.zeros_like(key[:, 0, 0], jnp.int32) for _ in range(2))
@@ -90,7 +103,7 @@ class CoresetCache:
             kv_block.empty(config.num_recent, key, value),
             filled,
             lengths,
-            jax.random.bits(rng, (2,), jnp.uint32),
+            words,
             config,
         )
 
@@ -104,15 +117,35 @@ class CoresetCache:
         """Places in the sequence of the pairs held, -1 in empty slots: sinks, middle, recent."""
         sinks = jnp.arange(self.config.sinks)
         sinks = jnp.where(sinks < self.lengths[:, None], sinks, -1)
+        filled = _filled(self)[:, None]
         recent = jnp.arange(self.config.num_recent)
-        first = (self.lengths - self.filled)[:, None]
-        recent = jnp.where(recent < self.filled[:, None], first + recent, -1)
-        middle = middles.positions(self.middle)
+        recent = jnp.where(recent < filled, self.lengths[:, None] - filled + recent, -1)
+        outgrown = _outgrown(self)[:, None, None]
+        middle = jnp.where(outgrown, middles.positions(self.middle), -1)
         spread = [
             jnp.broadcast_to(part[:, None], (*middle.shape[:2], part.shape[-1]))
             for part in (sinks, recent)
         ]
         return jnp.concatenate([spread[0], middle, spread[1]], axis=-1).astype(jnp.int32)
+
+    def reset(self, rows: Bool[Array, " batch"]) -> "CoresetCache":
+        """A cache with room for new sequences: some rows are empty, the others as they were.
+
+        Args:
+          rows: boolean ``[batch]``, true where a new sequence begins; may be traced.
+
+        Raises:
+          ValueError: if ``rows`` are not booleans, one a sequence.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from coreset_jax.nn import CacheConfig, CoresetCache
+        >>> keys, values = jax.random.normal(jax.random.key(0), (2, 3, 20, 2, 8))
+        >>> cache = CoresetCache.init(CacheConfig(size=256), jax.random.key(1), keys, values)
+        >>> cache.append(keys, values).reset(jnp.array([False, True, False])).lengths.tolist()
+        [20, 0, 20]
+        """
+        checks.check_rows(rows, self.lengths.shape)
+        return _reset(self, rows)
 
     def prefill(
         self,
@@ -227,10 +260,6 @@ class CoresetCache:
             return outputs, _append(self, keys, values, lengths)
         return outputs, _extend(self, queries, keys, values, lengths)
 
-    @property
-    def _key(self) -> Array:
-        return jax.random.wrap_key_data(self.rng, impl="threefry2x32")
-
     def _check_prompt(self, keys: Array) -> None:
         limit = self.config.max_length
         if limit is not None and keys.shape[1] > limit:
@@ -243,6 +272,12 @@ class CoresetCache:
 
 
 @jax.jit
+def _reset(cache: CoresetCache, rows: Array) -> CoresetCache:
+    keys, values = map(by_head, cache.recent)
+    return _chosen(rows, CoresetCache._empty(cache.config, cache.rng, keys, values), cache)
+
+
+@jax.jit
 def _prefill(
     cache: CoresetCache, keys: Array, values: Array, lengths: Array | None, queries: Array | None
 ) -> CoresetCache:
@@ -251,11 +286,10 @@ def _prefill(
     spared = jnp.minimum(lengths, config.sinks)
     first = jnp.maximum(lengths - config.num_recent, spared)
     prompt = KVBlock(by_head(keys), by_head(values))
-    rng = jax.random.fold_in(cache._key, 0)
     return dataclasses.replace(
         cache,
         sinks=kv_block.cut(prompt, config.sinks, jnp.zeros_like(lengths), lengths),
-        middle=middles.compress(config, rng, prompt, first - spared, queries),
+        middle=middles.compress(config, cache.rng, prompt, first - spared, queries),
         recent=kv_block.cut(prompt, config.num_recent, first, lengths),
         filled=lengths - first,
         lengths=lengths,
@@ -264,6 +298,9 @@ def _prefill(
 
 @jax.jit
 def _append(cache: CoresetCache, keys: Array, values: Array, lengths: Array | None) -> CoresetCache:
+    # A row that was emptied by its length alone holds what must not be appended to.
+    left = ~_outgrown(cache) & ((cache.filled > 0) | jnp.any(cache.middle.absorbed > 0, axis=1))
+    cache = jax.lax.cond(jnp.any(left), lambda: _reset(cache, left), lambda: cache)
     counts = _counts(cache, keys, lengths)
     total = keys.shape[1]
     width = min(total, cache.config.block_size)
@@ -316,14 +353,7 @@ def _extend(
     starts = cache.lengths == 0
 
     def started() -> CoresetCache:
-        prefilled = _prefill(cache, keys, values, lengths, asked)
-        # The random key is the one field without a batch axis.
-        chosen: CoresetCache = jax.tree.map(
-            lambda new, old: jnp.where(starts.reshape(-1, *[1] * (new.ndim - 1)), new, old),
-            dataclasses.replace(prefilled, rng=cache.lengths),
-            dataclasses.replace(cache, rng=cache.lengths),
-        )
-        return dataclasses.replace(chosen, rng=cache.rng)
+        return _chosen(starts, _prefill(cache, keys, values, lengths, asked), cache)
 
     cache = jax.lax.cond(jnp.any(starts), started, lambda: cache)
     others = jnp.where(starts, 0, ends)
@@ -341,10 +371,11 @@ def _held(cache: CoresetCache) -> list[Part]:
         weights = jnp.where(inside, 0.0, -jnp.inf)[:, None]
         return *block, jnp.broadcast_to(weights, block.keys.shape[:3])
 
-    parts = [exact(cache.recent, cache.filled)]
+    parts = [exact(cache.recent, _filled(cache))]
     if cache.config.middle:
-        pairs = cache.middle.pairs
-        parts.append((pairs.keys, pairs.values, middles.log_weights(cache.middle)))
+        pairs, outgrown = cache.middle.pairs, _outgrown(cache)[:, None, None]
+        weights = jnp.where(outgrown, middles.log_weights(cache.middle), -jnp.inf)
+        parts.append((pairs.keys, pairs.values, weights))
     if cache.config.sinks:
         parts.append(exact(cache.sinks, cache.lengths))
     return parts
@@ -357,9 +388,8 @@ def _flush(cache: CoresetCache, full: Array) -> CoresetCache:
     middle = cache.middle
     if cache.config.middle:
         block = KVBlock(*(array[:, :, :width] for array in cache.recent))
-        rng = jax.random.fold_in(cache._key, 1)
         first = cache.lengths - cache.filled
-        middle = middles.absorb(cache.config, rng, middle, block, first, leaving)
+        middle = middles.absorb(cache.config, cache.rng, middle, block, first, leaving)
     return dataclasses.replace(
         cache,
         middle=middle,
@@ -383,6 +413,26 @@ def _write(cache: CoresetCache, pairs: KVBlock, counts: Array) -> CoresetCache:
         filled=cache.filled + counts - spared,
         lengths=cache.lengths + counts,
     )
+
+
+def _outgrown(cache: CoresetCache) -> Bool[Array, " batch"]:
+    """Whether sequences are longer than their sinks; others hold nothing else."""
+    return cache.lengths > cache.config.sinks
+
+
+def _filled(cache: CoresetCache) -> Int[Array, " batch"]:
+    """Number of valid recent pairs, whatever is left of a sequence that was there before."""
+    return jnp.where(_outgrown(cache), cache.filled, 0)
+
+
+def _chosen(rows: Array, new: CoresetCache, old: CoresetCache) -> CoresetCache:
+    """Some rows of one cache, and the others of another."""
+
+    def choose(new: Array, old: Array) -> Array:
+        return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    chosen: CoresetCache = jax.tree.map(choose, new, old)
+    return chosen
 
 
 def _counts(cache: CoresetCache, keys: Array, lengths: Array | None) -> Int[Array, " batch"]:

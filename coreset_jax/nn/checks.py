@@ -48,6 +48,15 @@ def check_lengths(lengths: Any, keys: Any) -> None:
             )
 
 
+def check_rows(rows: Any, shape: tuple[int, ...]) -> None:
+    """Raises ``ValueError`` unless ``rows`` are booleans ``[batch]``."""
+    array = rows if hasattr(rows, "dtype") else np.asarray(rows)
+    if array.dtype != bool or array.shape != shape:
+        raise ValueError(
+            f"rows must be booleans of shape [batch] {shape}, got {array.dtype} {array.shape}."
+        )
+
+
 def check_new_pairs(keys: Any, values: Any, lengths: Any, held: KVBlock) -> None:
     """Raises ``ValueError`` unless pairs and ``lengths`` fit a cache that holds such pairs."""
     check_pairs(keys, values)

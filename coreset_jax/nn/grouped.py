@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coreset_jax._src.attention import finish, merge, partial_attention
+from coreset_jax._src.attention import PartialAttention, finish, merge, partial_attention
 
 # Keys and values ``[batch, kv_heads, slots, width]`` and log-weights ``[batch, kv_heads, slots]``.
 Part = tuple[Array, Array, Array]
@@ -64,7 +64,7 @@ def attend(
 
     def read(queries: Array, places: Array) -> Array:
         rows = grouped(queries, kv_heads)
-        states = [partial_attention(rows, *part, scale=scale) for part in parts]
+        states = [_nothing_where_empty(partial_attention(rows, *p, scale=scale), p) for p in parts]
         if new is not None:
             places = jnp.tile(places, heads // kv_heads)
             visible = jnp.arange(length) <= places[:, None]
@@ -87,3 +87,13 @@ def attend(
 
     outputs = jnp.moveaxis(jax.lax.map(read_chunk, jnp.arange(chunks)), 0, 1)
     return outputs.reshape(batch, chunks * chunk, heads, -1)[:, :length]
+
+
+def _nothing_where_empty(state: PartialAttention, part: Part) -> PartialAttention:
+    """The state of a part that is nothing in heads without a pair, whatever their slots hold."""
+    empty = jnp.all(jnp.isneginf(part[2]), axis=-1)[..., None]
+    return PartialAttention(
+        jnp.where(empty, -jnp.inf, state.maximum),
+        jnp.where(empty, 0, state.total),
+        jnp.where(empty[..., None], 0, state.output),
+    )

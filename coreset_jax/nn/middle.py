@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from coreset_jax._src.core.compressor import Compressor
 from coreset_jax._src.core.head import Head
@@ -32,12 +32,20 @@ def empty(
 
 def compress(
     config: CacheConfig,
-    rng: Array,
+    rng: UInt32[Array, "batch words"],
     prompt: KVBlock,
     counts: Int[Array, " batch"],
     queries: Float[Array, "batch asked heads head_dim"] | None,
 ) -> Summary:
-    """The middle of a prompt: ``counts`` pairs of each sequence, behind the sinks."""
+    """The middle of a prompt: ``counts`` pairs of each sequence, behind the sinks.
+
+    Args:
+      config: the options.
+      rng: data of each sequence's random key; every head gets a fold of its own.
+      prompt: the prompts.
+      counts: number of valid pairs behind the sinks.
+      queries: sample queries, or ``None``.
+    """
     stop = prompt.keys.shape[2] - config.num_recent
     blank = empty(config, *(array[:, :, 0] for array in prompt))
     if config.middle == 0 or stop <= config.sinks:
@@ -55,13 +63,18 @@ def compress(
         sample = grouped(queries, kv_heads)
 
     def one_head(
-        compressor: Compressor, number: Array, pairs: KVBlock, count: Array, sample: Array | None
+        compressor: Compressor,
+        words: Array,
+        number: Array,
+        pairs: KVBlock,
+        count: Array,
+        sample: Array | None,
     ) -> Summary:
         # A head without pairs has one of zeros: padding may hold anything.
         inside = (jnp.arange(length) < count)[:, None]
         pairs = KVBlock(*(jnp.where(inside, array, jnp.zeros_like(array)) for array in pairs))
         ball, valid = compressor.query_ball._asdict(), jnp.maximum(count, 1)
-        head = Head.prepare(rng, number, *pairs, valid, sample, ragged=True, **ball)
+        head = Head.prepare(_key(words, 0), number, *pairs, valid, sample, ragged=True, **ball)
         coreset, _ = compressor.on_head(head, config.middle)
         finite = jnp.ones((), bool)
         for array in jax.tree.leaves((head.keys, head.values, sample)):
@@ -70,10 +83,11 @@ def compress(
         slots = config.middle, config.landmarks
         return summaries.of_coreset(head, count, coreset, config.sinks, *slots, settings)
 
-    # Random keys are those of the kv heads: what a sequence is batched with must not matter.
+    # Numbers are those of the kv heads: what a sequence is batched with must not matter.
     zeros = jnp.zeros_like(blank.absorbed)
     return over_axes(one_head, 2)(
         options_of_heads(compressor, blank.ledger.key_radius),
+        _words(rng, zeros),
         zeros + jnp.arange(kv_heads, dtype=jnp.int32),
         pairs,
         zeros + counts[:, None],
@@ -83,7 +97,7 @@ def compress(
 
 def absorb(
     config: CacheConfig,
-    rng: Array,
+    rng: UInt32[Array, "batch words"],
     middle: Summary,
     block: KVBlock,
     first: Int[Array, " batch"],
@@ -93,7 +107,7 @@ def absorb(
 
     Args:
       config: the options.
-      rng: a JAX random key; every head and place in the sequence gets a fold of its own.
+      rng: data of each sequence's random key; every head and place gets a fold of its own.
       middle: the middle.
       block: the next pairs of each sequence.
       first: the place in the sequence of the first of them.
@@ -107,9 +121,14 @@ def absorb(
     positions = jnp.where(inside, first[:, None, None] + places, -1)
 
     def one_head(
-        compressor: Compressor | None, number: Array, first: Array, summary: Summary, pairs: Pairs
+        compressor: Compressor | None,
+        words: Array,
+        number: Array,
+        first: Array,
+        summary: Summary,
+        pairs: Pairs,
     ) -> Summary:
-        fold = jax.random.fold_in(jax.random.fold_in(rng, number), first)
+        fold = jax.random.fold_in(jax.random.fold_in(_key(words, 1), number), first)
         own = settings._replace(compressor=compressor)
         absorbed = summaries.absorb(fold, summary, pairs, own)
         some = jnp.any(pairs.weights > 0)
@@ -117,6 +136,7 @@ def absorb(
 
     return over_axes(one_head, 2)(
         options_of_heads(config.compressor, middle.ledger.key_radius),
+        _words(rng, zeros),
         zeros + jnp.arange(kv_heads, dtype=jnp.int32),
         zeros + first[:, None],
         middle,
@@ -133,3 +153,13 @@ def log_weights(middle: Summary) -> Float[Array, "batch kv_heads slots"]:
 def positions(middle: Summary) -> Int[Array, "batch kv_heads slots"]:
     """Places in the sequence of the pairs, -1 in empty slots."""
     return jnp.where(middle.pairs.weights > 0, middle.pairs.positions, -1)
+
+
+def _words(rng: UInt32[Array, "batch words"], like: Array) -> UInt32[Array, "batch kv_heads words"]:
+    """The data of each sequence's random key for all of its heads, sharded as they are."""
+    return jnp.zeros_like(like, jnp.uint32)[..., None] + rng[:, None]
+
+
+def _key(words: UInt32[Array, " words"], purpose: int) -> Array:
+    key = jax.random.wrap_key_data(words, impl="threefry2x32")
+    return jax.random.fold_in(key, purpose)

@@ -172,7 +172,7 @@ class _LayerShape:
         end_index = jnp.zeros(batch_size, jnp.int32)
         if self.config is None:
             return {"k": keys, "v": values, "end_index": end_index}
-        held = _spread(CoresetCache.init(self.config, rng, keys, values))
+        held = CoresetCache.init(self.config, rng, keys, values)
         # Loops that donate their cache need every array in a buffer of its own.
         return {"coreset": jax.tree.map(jnp.copy, held), "end_index": end_index}
 
@@ -236,13 +236,11 @@ class _CoresetAttention(nnx.Module):
         held = cache.get("coreset")
         if held is None:
             held = CoresetCache.init(self.coreset_config, jax.random.key(0), keys, values)
-        else:
-            held = dataclasses.replace(held, rng=held.rng[0])
         end_index = cache["end_index"]
         real, supported = read_mask(attn_mask, inputs.shape[:2], end_index, held.lengths)
         outputs, held = _attend(held, queries, keys, values, real)
         outputs = jnp.where(supported[:, None, None, None], outputs, jnp.nan)
-        new_cache = {"coreset": _spread(held), "end_index": end_index + inputs.shape[1]}
+        new_cache = {"coreset": held, "end_index": end_index + inputs.shape[1]}
         return new_cache, getattr(self, self.coreset_parts.output)(outputs)
 
 
@@ -283,12 +281,6 @@ def _attend(
     lengths = jnp.sum(real, axis=1, dtype=jnp.int32)
     outputs, held = held.read_and_extend(queries, keys, values, lengths)
     return ordered(outputs, back).astype(dtype), held
-
-
-def _spread(held: CoresetCache) -> CoresetCache:
-    """The cache with the random key once a sequence: beam searches reorder all by the batch."""
-    batch = held.lengths.shape[0]
-    return dataclasses.replace(held, rng=jnp.broadcast_to(held.rng, (batch, *held.rng.shape)))
 
 
 def _check_likeness(attention: Any, wrapped: Any) -> None:
