@@ -115,10 +115,10 @@ class CoresetCache:
     @property
     def positions(self) -> Int[Array, "batch kv_heads size"]:
         """Places in the sequence of the pairs held, -1 in empty slots: sinks, middle, recent."""
-        sinks = jnp.arange(self.config.sinks)
+        sinks = kv_block.numbers(self.config.sinks)
         sinks = jnp.where(sinks < self.lengths[:, None], sinks, -1)
         filled = _filled(self)[:, None]
-        recent = jnp.arange(self.config.num_recent)
+        recent = kv_block.numbers(self.config.num_recent)
         recent = jnp.where(recent < filled, self.lengths[:, None] - filled + recent, -1)
         outgrown = _outgrown(self)[:, None, None]
         middle = jnp.where(outgrown, middles.positions(self.middle), -1)
@@ -347,7 +347,7 @@ def _extend(
     # The last queries of a prompt are the best sample there is of those to come.
     ends = _counts(cache, keys, lengths)
     sample = min(count, max(cache.config.window, 1))
-    places = jnp.maximum(ends[:, None] - sample + jnp.arange(sample), 0)
+    places = jnp.maximum(ends[:, None] - sample + kv_block.numbers(sample), 0)
     asked = jnp.take_along_axis(queries, places[:, :, None, None], axis=1)
     asked = jnp.where((ends > 0)[:, None, None, None], asked, jnp.zeros_like(asked))
     starts = cache.lengths == 0
@@ -366,7 +366,7 @@ def _held(cache: CoresetCache) -> list[Part]:
     """All that is held, with its log-weights."""
 
     def exact(block: KVBlock, counts: Array) -> Part:
-        inside = jnp.arange(block.keys.shape[2]) < counts[:, None]
+        inside = kv_block.numbers(block.keys.shape[2]) < counts[:, None]
         # Weights of the middle are absolute: a pair that is exact stands for itself.
         weights = jnp.where(inside, 0.0, -jnp.inf)[:, None]
         return *block, jnp.broadcast_to(weights, block.keys.shape[:3])
@@ -400,7 +400,7 @@ def _flush(cache: CoresetCache, full: Array) -> CoresetCache:
 
 def _write(cache: CoresetCache, pairs: KVBlock, counts: Array) -> CoresetCache:
     """Puts the first ``counts`` of some pairs where they belong; there is room."""
-    numbers = jnp.arange(pairs.keys.shape[2], dtype=jnp.int32)
+    numbers = kv_block.numbers(pairs.keys.shape[2])
     places = cache.lengths[:, None] + numbers
     inside = numbers < counts[:, None]
     to_sinks = inside & (places < cache.config.sinks)

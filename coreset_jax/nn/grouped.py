@@ -67,7 +67,7 @@ def attend(
         states = [_nothing_where_empty(partial_attention(rows, *p, scale=scale), p) for p in parts]
         if new is not None:
             places = jnp.tile(places, heads // kv_heads)
-            visible = jnp.arange(length) <= places[:, None]
+            visible = jnp.arange(length)[None] <= places[:, None]
             states.append(partial_attention(rows, *new, scale=scale, visible=visible))
         return ungrouped(finish(functools.reduce(merge, states)), queries.shape)
 

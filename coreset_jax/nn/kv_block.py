@@ -19,6 +19,11 @@ class KVBlock(NamedTuple):
     values: Float[Array, "batch kv_heads slots value_dim"]
 
 
+def numbers(count: int) -> Int[Array, "1 count"]:
+    """The numbers from 0 on, a row for a batch of any size; int32 as lengths are."""
+    return jnp.arange(count, dtype=jnp.int32)[None]
+
+
 def empty(
     slots: int,
     key_like: Float[Array, "batch kv_heads head_dim"],
@@ -27,7 +32,7 @@ def empty(
     """Zeros, sharded as the pairs given."""
 
     def zeros(array: Array) -> Array:
-        return jnp.zeros_like(array)[..., None, :] + jnp.zeros((slots, 1), array.dtype)
+        return jnp.zeros_like(array)[..., None, :] + jnp.zeros((1, 1, slots, 1), array.dtype)
 
     return KVBlock(zeros(key_like), zeros(value_like))
 
@@ -36,7 +41,7 @@ def cut(
     pairs: KVBlock, slots: int, starts: Int[Array, " batch"], ends: Int[Array, " batch"]
 ) -> KVBlock:
     """The pairs of each sequence from ``starts`` to ``ends``, at most ``slots``, then zeros."""
-    places = starts[:, None] + jnp.arange(slots)
+    places = starts[:, None] + numbers(slots)
     inside = (places < ends[:, None])[:, None, :, None]
     rows = jnp.clip(places, 0, pairs.keys.shape[2] - 1)[:, None, :, None]
 
@@ -51,7 +56,7 @@ def cut(
 def shift(block: KVBlock, counts: Int[Array, " batch"]) -> KVBlock:
     """Moves the pairs of each sequence ``counts`` slots to the front; the first ones leave."""
     slots = block.keys.shape[2]
-    places = jnp.minimum(jnp.arange(slots) + counts[:, None], slots - 1)[:, None, :, None]
+    places = jnp.minimum(numbers(slots) + counts[:, None], slots - 1)[:, None, :, None]
     return KVBlock(*(jnp.take_along_axis(array, places, axis=2) for array in block))
 
 

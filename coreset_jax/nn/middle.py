@@ -14,7 +14,7 @@ from coreset_jax._src.stream.summary import Summary
 from coreset_jax.fitting import fitted
 from coreset_jax.nn.config import CacheConfig
 from coreset_jax.nn.grouped import grouped
-from coreset_jax.nn.kv_block import KVBlock
+from coreset_jax.nn.kv_block import KVBlock, numbers
 
 
 def empty(
@@ -88,7 +88,7 @@ def compress(
     return over_axes(one_head, 2)(
         options_of_heads(compressor, blank.ledger.key_radius),
         _words(rng, zeros),
-        zeros + jnp.arange(kv_heads, dtype=jnp.int32),
+        zeros + numbers(kv_heads),
         pairs,
         zeros + counts[:, None],
         sample,
@@ -116,7 +116,7 @@ def absorb(
     settings = config.settings(block.keys.shape[-1])
     kv_heads, width = block.keys.shape[1:3]
     zeros, dtype = jnp.zeros_like(middle.absorbed), middle.pairs.weights.dtype
-    places = jnp.arange(width, dtype=jnp.int32)
+    places = numbers(width)[None]
     inside = places < (zeros + counts[:, None])[..., None]
     positions = jnp.where(inside, first[:, None, None] + places, -1)
 
@@ -137,7 +137,7 @@ def absorb(
     return over_axes(one_head, 2)(
         options_of_heads(config.compressor, middle.ledger.key_radius),
         _words(rng, zeros),
-        zeros + jnp.arange(kv_heads, dtype=jnp.int32),
+        zeros + numbers(kv_heads),
         zeros + first[:, None],
         middle,
         Pairs(*block, inside.astype(dtype), positions),

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from coreset_jax._src.geometry.rotary import turned
 from coreset_jax._src.precision import accumulation_dtype
+from coreset_jax.nn.kv_block import numbers
 
 
 def rotate(
@@ -37,7 +38,7 @@ def rotate(
     """
     half = array.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=accumulation_dtype(array)) / half)
-    angles = positions[..., None, None].astype(frequencies.dtype) * frequencies
+    angles = positions[..., None, None].astype(frequencies.dtype) * frequencies[None, None, None]
     return turned(array, angles)
 
 
@@ -66,7 +67,7 @@ def rotate_behind(
         )
     if base is None:
         return query, key
-    positions = lengths[:, None] + jnp.arange(query.shape[1])
+    positions = lengths[:, None] + numbers(query.shape[1])
     return rotate(query, positions, base), rotate(key, positions, base)
 
 

@@ -109,7 +109,7 @@ def read_mask(
     mask = jnp.broadcast_to(mask.astype(bool), (batch, count, slots))
     block = mask if slots == count else jax.lax.dynamic_slice_in_dim(mask, end_index[0], count, 2)
     real = jnp.diagonal(block, axis1=1, axis2=2)
-    expected = real[:, None, :] & jnp.tri(count, dtype=bool)
+    expected = real[:, None, :] & jnp.tri(count, dtype=bool)[None]
     fits = jnp.all(block == expected, axis=2)
     if slots > count:
         fits &= jnp.sum(mask, axis=2) - jnp.sum(block, axis=2) == held[:, None]

@@ -240,6 +240,20 @@ def test_caches_may_be_narrower_than_the_model():
     chex.assert_trees_all_close(rounded[1], exact[1], atol=0.05)
 
 
+@pytest.mark.parametrize("architecture", ["llama3", "gemma3"])
+def test_strict_promotion_is_passed_on(architecture):
+    """To the models' own parts, which refuse integer positions by themselves."""
+    wrapped = wrap(global_attention(architecture), **ROOMY)
+    inputs, positions = inputs_like(wrapped, 9), jnp.arange(9.0)[None]
+    mask = jnp.broadcast_to(tiny.causal_mask(0, 9, 12), (BATCH, 9, 12))
+    call = jax.jit(lambda cache, mask: wrapped(inputs, positions, cache, mask))
+    expected = call(wrapped.init_cache(BATCH), mask)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for given in (mask, None):
+            found = call(wrapped.init_cache(BATCH), given)
+            chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-6)
+
+
 def test_rematerialized_layers_hand_the_cache_on():
     model = tiny.build("qwen3", remat_config=qwen3.RematConfig.DECODER)
     wrap_model(model, **ROOMY)

@@ -49,9 +49,11 @@ def options_of_heads(
     compressor: Compressor | None, like: Float[Array, "*heads"]
 ) -> Compressor | None:
     """The compressor with its array options as one number a head, sharded as ``like``."""
-    return jax.tree.map(
-        lambda option: jnp.zeros_like(like) + jnp.asarray(option, like.dtype), compressor
-    )
+
+    def of_heads(option: Array) -> Array:
+        return jnp.zeros_like(like) + jnp.broadcast_to(jnp.asarray(option, like.dtype), like.shape)
+
+    return jax.tree.map(of_heads, compressor)
 
 
 def halve(
@@ -76,7 +78,7 @@ def _halve_by_walk(
     """Halves the oldest pairs of the lightest class that has two."""
     width = min(settings.block_size, pairs.weights.shape[0])
     levels = _levels(pairs.weights)
-    populations = jnp.sum(levels[:, None] == jnp.arange(LEVELS), axis=0)
+    populations = jnp.sum(levels[:, None] == jnp.arange(LEVELS)[None], axis=0)
     level = jnp.argmax(populations >= 2)
     # Where every class has at most one pair, the two lightest of all are halved.
     lonely = populations[level] < 2
@@ -86,16 +88,16 @@ def _halve_by_walk(
     taken = jnp.arange(width) < count
 
     weights = jnp.where(taken, pairs.weights[places], 0)
-    mean = jnp.sum(weights) / count
+    mean = jnp.sum(weights) / count.astype(weights.dtype)
     # The vectors to be balanced are the weighted ones; within a class weights are nearly equal.
     shares = weights / mean
     keys = jnp.where(taken[:, None], geometry.keys(pairs.keys[places]), 0)
     values = jnp.where(taken[:, None], geometry.values(pairs.values[places]), 0)
     gram = simultaneous_gram(keys, values, keys, values, geometry.radius, 0.0)
-    gram = shares[:, None] * gram * shares
+    gram = shares[:, None] * gram * shares[None]
     # The pull of the sketch, in the units of the Gram matrix and of a pair's weight.
     standardization, mass = geometry.standardization, sketch.coefficients[:, -1:]
-    centered = sketch.coefficients[:, :-1] - mass * standardization.value_center
+    centered = sketch.coefficients[:, :-1] - mass * standardization.value_center[None]
     unit = geometry.value_gain * centered / standardization.value_radius
     kernel = exponential_kernel(keys, geometry.keys(sketch.landmarks), geometry.radius)
     pulls = matmul(kernel, jnp.concatenate([unit, mass], axis=-1) / mean)

@@ -128,7 +128,7 @@ def weighted_standardization(
     def extent(rows: Array, center: Array, radius: Array) -> tuple[Array, Array, Array]:
         mean = matmul(pairs.weights, rows) / total
         center = jnp.where(fresh, mean, center)
-        squares = jnp.where(inside, jnp.sum(jnp.square(rows - center), axis=-1), 0)
+        squares = jnp.where(inside, jnp.sum(jnp.square(rows - center[None]), axis=-1), 0)
         radius = jnp.maximum(jnp.sqrt(jnp.max(squares)), jnp.where(fresh, 0, radius))
         radius = jnp.where(radius > 0, radius, 1)
         return center, radius, jnp.sqrt(jnp.sum(pairs.weights * squares) / total) / radius
@@ -223,10 +223,10 @@ def bounds(
 
     def norm(products: Array, sizes: Array) -> Array:
         # Where the factor overflows, nothing times it is still nothing.
-        magnitude = jnp.sum(kernel * sizes[:, None] * sizes)
+        magnitude = jnp.sum(kernel * sizes[:, None] * sizes[None])
         square = jnp.sum(kernel * products) + allowance * magnitude
         return jnp.where(square > 0, factor * jnp.sqrt(square), 0 * square)
 
     sizes = jnp.sqrt(jnp.sum(jnp.square(numerators), axis=-1))
     numerator = norm(inner_products(numerators, numerators), sizes)
-    return numerator, norm(masses[:, None] * masses, jnp.abs(masses))
+    return numerator, norm(masses[:, None] * masses[None], jnp.abs(masses))

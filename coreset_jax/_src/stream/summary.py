@@ -56,13 +56,13 @@ def empty(
     sums = zero + jnp.zeros(LEVELS, dtype)
     return Summary(
         Pairs(
-            jnp.zeros_like(key_like, shape=(slots, *key_like.shape)) + key.astype(key_like.dtype),
+            jnp.zeros_like(key_like)[None] + jnp.zeros((slots, 1), key_like.dtype),
             jnp.zeros_like(value_like, shape=(slots, *value_like.shape)),
             zero + jnp.zeros(slots, dtype),
             none + jnp.full(slots, -1, jnp.int32),
         ),
         Sketch(
-            jnp.zeros_like(key_like) + jnp.zeros((landmarks, 1), key_like.dtype),
+            jnp.zeros_like(key_like)[None] + jnp.zeros((landmarks, 1), key_like.dtype),
             zero + jnp.zeros((landmarks, value.shape[0] + 1), dtype),
             none,
         ),
@@ -242,7 +242,7 @@ def reduce_to(rng: Array, slots: int, summary: Summary, settings: Settings) -> S
         values = pairs.values[places].astype(change.dtype)
         added = errors.coefficients(change, values)
         update = errors.projection(geometry, sketch.landmarks, solver, keys, added)
-        centered = change[:, None] * (values - standardization.value_center)
+        centered = change[:, None] * (values - standardization.value_center[None])
         # Slots that take no part may lie anywhere, and must not set the scale of the others.
         moved = jnp.where(change[:, None] != 0, standardization.unit_keys(keys), 0)
         numerator, denominator = errors.bounds(standardization, moved, centered, change)
@@ -288,7 +288,7 @@ def value_reach(summary: Summary, newer: Pairs) -> Float[Array, ""]:
     ledger = summary.ledger
     reach = ledger.value_radius
     for pairs in (summary.pairs, newer):
-        values = pairs.values.astype(reach.dtype) - ledger.value_center
+        values = pairs.values.astype(reach.dtype) - ledger.value_center[None]
         norms = jnp.sqrt(jnp.sum(jnp.square(values), axis=-1))
         reach = jnp.maximum(reach, jnp.max(jnp.where(pairs.weights > 0, norms, 0)))
     return reach
@@ -343,7 +343,8 @@ def error_estimate(
         summary.pairs, summary.ledger, summary.sketch.placed == 0, settings
     )
     mass = summary.sketch.coefficients[:, -1]
-    centered = summary.sketch.coefficients[:, :-1] - mass[:, None] * standardization.value_center
+    center = standardization.value_center[None]
+    centered = summary.sketch.coefficients[:, :-1] - mass[:, None] * center
     landmarks = standardization.unit_keys(summary.sketch.landmarks)
     numerator, denominator = errors.bounds(standardization, landmarks, centered, mass)
     count = jnp.maximum(summary.absorbed, 1).astype(mass.dtype)
