@@ -1,5 +1,6 @@
 """Nearly optimal attention coresets: shrink a KV cache and say how wrong the result may be."""
 
+from coreset_jax import _exporting as _exporting
 from coreset_jax import baselines, budgets, geometry, guarantees, queries, refit, streaming, walks
 from coreset_jax._src.attention import attention
 from coreset_jax._src.core.compressor import Compressor, Wrapper

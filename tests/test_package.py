@@ -48,6 +48,7 @@ FLOORS = {
     "guarantees": 7,
     "streaming": 7,
     "compression": 8,
+    "_exporting": 9,
     "nn": 8,
 }
 

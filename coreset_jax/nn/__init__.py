@@ -1,5 +1,6 @@
 """Caches and attention modules that decode over a coreset; import ``nnx`` or ``linen`` by name."""
 
+from coreset_jax.nn import exporting as exporting
 from coreset_jax.nn.cache import CoresetCache
 from coreset_jax.nn.config import CacheConfig
 
