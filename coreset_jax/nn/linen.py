@@ -15,7 +15,7 @@ from coreset_jax._src.core.compressor import Compressor
 from coreset_jax.nn import checks
 from coreset_jax.nn.cache import CoresetCache
 from coreset_jax.nn.config import MODULE_OPTIONS, CacheConfig
-from coreset_jax.nn.rotary import rotate_behind, rotating
+from coreset_jax.nn.rotary import Rotating, rotate_behind
 
 
 class CoresetAttention(linen.Module):
@@ -203,7 +203,7 @@ class CoresetAttention(linen.Module):
                 options["dropout_rng"] = self.make_rng("dropout")
         attention_fn = self.attention_fn
         if self.rope_base is not None:
-            attention_fn = rotating(attention_fn, self.rope_base)
+            attention_fn = Rotating(attention_fn, self.rope_base)
         names = ("dropout_rate", "broadcast_dropout", "dtype", "precision")
         options |= {name: getattr(self, name) for name in names} | {"deterministic": still}
         known = inspect.signature(attention_fn).parameters

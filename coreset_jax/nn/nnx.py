@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from coreset_jax.nn import checks
 from coreset_jax.nn.cache import CoresetCache
 from coreset_jax.nn.config import MODULE_OPTIONS, CacheConfig
-from coreset_jax.nn.rotary import rotate_behind, rotating
+from coreset_jax.nn.rotary import Rotating, rotate_behind
 
 
 class CoresetAttention(nnx.MultiHeadAttention):
@@ -66,7 +66,7 @@ class CoresetAttention(nnx.MultiHeadAttention):
         super().__init__(num_heads, in_features, *arguments, rngs=rngs, **options)
         checks.check_rope(rope_base, self.head_dim)
         if rope_base is not None:
-            self.attention_fn = rotating(self.attention_fn, rope_base)
+            self.attention_fn = Rotating(self.attention_fn, rope_base)
         self.rope_base = rope_base
         self.cache: nnx.Cache[CoresetCache] | None = nnx.data(None)
 

@@ -1,6 +1,6 @@
 """Rotary positions."""
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -71,20 +71,28 @@ def rotate_behind(
     return rotate(query, positions, base), rotate(key, positions, base)
 
 
-def rotating(attention_fn: Callable[..., Array], base: float) -> Callable[..., Array]:
+@dataclasses.dataclass(frozen=True)
+class Rotating:
     """An ``attention_fn`` of Flax that applies rotary positions ``0, 1, ...`` first.
 
-    Args:
+    No closure: modules of equal options are equal, and share their traces.
+
+    Attributes:
       attention_fn: a function of query, key and value, ``[..., length, heads, head_dim]`` each.
       base: as for :func:`rotate`.
     """
 
-    # Flax looks at the signature.
-    @functools.wraps(attention_fn)
-    def attend(query: Array, key: Array, value: Array, **options: Any) -> Array:
-        query, key = (
-            rotate(array, jnp.arange(array.shape[-3])[None], base) for array in (query, key)
-        )
-        return attention_fn(query, key, value, **options)
+    attention_fn: Callable[..., Array]
+    base: float
 
-    return attend
+    @property
+    def __wrapped__(self) -> Callable[..., Array]:
+        """What has the signature, which Flax looks at."""
+        return self.attention_fn
+
+    def __call__(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
+        """What ``attention_fn`` returns for rotated queries and keys."""
+        query, key = (
+            rotate(array, jnp.arange(array.shape[-3])[None], self.base) for array in (query, key)
+        )
+        return self.attention_fn(query, key, value, **options)

@@ -1,7 +1,8 @@
 """The parts of attentions of ``google-tunix``, known by their names, and what their masks say."""
 
-import functools
+import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -60,15 +61,26 @@ def parts_of(attention: Any) -> Parts:
     return parts._replace(norms=norms)
 
 
-def rotary(attention: Any) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _WithOptions:
+    """A function with keywords given; unlike ``functools.partial`` it equals others like it."""
+
+    function: Callable[..., Array]
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *arguments: Any) -> Array:
+        return self.function(*arguments, **dict(self.options))
+
+
+def rotary(attention: Any) -> Callable[..., Array]:
     """The function that applies rotary positions: the one that the attention itself calls."""
     function = getattr(sys.modules[type(attention).__module__], "apply_rope", None)
     if function is None:
         raise ValueError(f"the module of {type(attention).__name__} must define apply_rope.")
-    options = {
-        name: getattr(attention, at) for name, at in _ROTARY.items() if hasattr(attention, at)
-    }
-    return functools.partial(function, **options)
+    options = tuple(
+        (name, getattr(attention, at)) for name, at in _ROTARY.items() if hasattr(attention, at)
+    )
+    return _WithOptions(function, options)
 
 
 def scale_of(attention: Any) -> float:

@@ -254,6 +254,15 @@ def test_strict_promotion_is_passed_on(architecture):
             chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-6)
 
 
+@architectures
+def test_layers_wrapped_alike_have_equal_graphs(architecture):
+    attentions = [global_attention(architecture) for _ in range(2)]
+    one, other = (nnx.split(wrap(each, **SMALL))[0] for each in attentions)
+    assert nnx.split(attentions[0])[0] == nnx.split(attentions[1])[0]
+    assert one == other
+    assert nnx.split(wrap(attentions[0], **ROOMY))[0] != one
+
+
 def test_rematerialized_layers_hand_the_cache_on():
     model = tiny.build("qwen3", remat_config=qwen3.RematConfig.DECODER)
     wrap_model(model, **ROOMY)

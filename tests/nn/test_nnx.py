@@ -155,6 +155,29 @@ def test_wrong_use_is_refused(inputs):
             CoresetAttention(HEADS, FEATURES, rngs=nnx.Rngs(0), **options)
 
 
+def test_equal_modules_have_equal_graphs_and_share_a_trace(inputs):
+    options = {"rope_base": 100.0, "num_kv_heads": 2, "normalize_qk": True, "dropout_rate": 0.1}
+    options |= {"compressor": compressors.sampled(skew=np.array([1.0, 2.0])), **CACHE}
+
+    def make(seed, **changes):
+        return CoresetAttention(HEADS, FEATURES, rngs=nnx.Rngs(seed), **{**options, **changes})
+
+    layers = [make(seed) for seed in range(3)]
+    graph, *others = (nnx.split(layer)[0] for layer in layers)
+    for other in others:
+        assert other == graph
+        assert hash(other) == hash(graph)
+    for changes in ({"rope_base": 200.0}, {"size": 72}, {"attention_fn": jax.nn.softmax}):
+        assert nnx.split(make(0, **changes))[0] != graph
+    chex.clear_trace_counter()
+    read = nnx.jit(chex.assert_max_traces(lambda module, x: module(x, decode=True), n=1))
+    outputs = []
+    for layer in layers:
+        layer.init_cache(inputs.shape)
+        outputs.append(read(layer, inputs[:, :1]))
+    assert np.any(outputs[1] != outputs[0])
+
+
 def test_takes_the_options_of_a_cache():
     options = {**CACHE, "landmarks": 3, "query_norm": 2.0, "compressor": compressors.sampled()}
     module = CoresetAttention(HEADS, FEATURES, HEADS * 8, rngs=nnx.Rngs(0), **options)

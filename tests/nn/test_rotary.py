@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen
 
-from coreset_jax.nn.rotary import rotate, rotate_behind, rotating
+from coreset_jax.nn.rotary import Rotating, rotate, rotate_behind
 
 BASE = 100.0
 
@@ -64,7 +64,7 @@ def test_next_tokens_stand_behind_the_sequence():
 def test_an_attention_function_keeps_its_options():
     query, key = arrays(4, 4)
     mask = np.tri(5, dtype=bool)
-    attend = rotating(linen.dot_product_attention, BASE)
+    attend = Rotating(linen.dot_product_attention, BASE)
     assert inspect.signature(attend) == inspect.signature(linen.dot_product_attention)
     exact = functools.partial(turned, positions=np.arange(5)[None])
     np.testing.assert_allclose(
