@@ -3,6 +3,7 @@
 from coreset_jax import _exporting as _exporting
 from coreset_jax import baselines, budgets, geometry, guarantees, queries, refit, streaming, walks
 from coreset_jax._src.attention import attention
+from coreset_jax._src.core.bias import attention_bias
 from coreset_jax._src.core.compressor import Compressor, Wrapper
 from coreset_jax._src.core.coreset import Coreset, attend
 from coreset_jax._src.core.head import Head
@@ -27,6 +28,7 @@ __all__ = [
     "attend",
     "attended",
     "attention",
+    "attention_bias",
     "balanced",
     "baselines",
     "better_of",

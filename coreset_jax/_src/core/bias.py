@@ -1,0 +1,64 @@
+"""A coreset for attention that takes a bias: log-weights in the layout of the scores."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from coreset_jax._src import checks
+from coreset_jax._src.core.coreset import Coreset, SignedCoreset
+
+
+def attention_bias(
+    coreset: Coreset, *, num_query_heads: int | None = None, query_length: int = 1
+) -> Float[Array, "*batch query_heads query_length m"]:
+    """What to add to the scores of a coreset's keys, ``-inf`` for empty slots.
+
+    It is the ``bias`` of ``jax.nn.dot_product_attention`` and its like, beside keys and values of
+    the coreset ``[batch, m, kv_heads, d]``, and wants as many numbers as there are query heads.
+    Of the implementations there, XLA's takes it as it is; cuDNN's broadcasts nothing over queries
+    and needs their number in ``query_length``.
+
+    Args:
+      coreset: a coreset of heads ``[..., kv_heads, m]``.
+      num_query_heads: query heads, a multiple of ``kv_heads``; query head ``h`` reads key-value
+        head ``h // (num_query_heads // kv_heads)``. ``None`` means ``kv_heads``.
+      query_length: queries of a head, all of whom have the same bias; 1 is broadcast to any number.
+
+    Returns:
+      The bias ``[..., num_query_heads, query_length, m]``, in the dtype of the log-weights.
+
+    Raises:
+      ValueError: if the coreset has no axis of heads, is signed, or the query heads are no
+        multiple of its heads.
+
+    >>> import jax, jax.numpy as jnp, coreset_jax as cj
+    >>> keys, values = jax.random.normal(jax.random.key(0), (2, 1, 4, 512, 16))
+    >>> coreset = cj.baselines.uniform()(jax.random.key(1), keys, values, size=64)
+    >>> queries = jax.random.normal(jax.random.key(2), (1, 3, 8, 16))
+    >>> outputs = jax.nn.dot_product_attention(
+    ...     queries,
+    ...     coreset.keys.swapaxes(1, 2),
+    ...     coreset.values.swapaxes(1, 2),
+    ...     bias=cj.attention_bias(coreset, num_query_heads=8),
+    ... )
+    >>> outputs.shape
+    (1, 3, 8, 16)
+    """
+    if isinstance(coreset, SignedCoreset):
+        raise ValueError("coreset must not be signed: its normalizers are no bias; call attend.")
+    weights = coreset.log_weights
+    if weights.ndim < 2:
+        raise ValueError(
+            f"coreset must have log_weights [..., kv_heads, m]; got {weights.shape}, without heads."
+        )
+    heads = weights.shape[-2]
+    num_query_heads = heads if num_query_heads is None else num_query_heads
+    checks.check_count("num_query_heads", num_query_heads)
+    checks.check_count("query_length", query_length)
+    if num_query_heads % heads:
+        raise ValueError(
+            f"num_query_heads must be a multiple of the coreset's {heads} heads, got "
+            f"{num_query_heads}."
+        )
+    bias = jnp.repeat(weights, num_query_heads // heads, axis=-2)[..., None, :]
+    shape = (*bias.shape[:-2], query_length, bias.shape[-1])
+    return bias if query_length == 1 else jnp.broadcast_to(bias, shape)
