@@ -85,6 +85,11 @@ def compress(
 
     Where heads may share one budget, call :class:`coreset_jax.attended` with ``axes``.
 
+    Heads come before pairs: ``[batch, heads, n, d]``. Arrays ``[batch, length, heads, d]``, as Flax
+    and :class:`coreset_jax.nn.CoresetCache` have them, must be transposed, by ``swapaxes(-2, -3)``.
+    They are refused where shapes give them away: four axes or more, at most ``size`` and 256 heads,
+    and more places than both. Elsewhere heads would be taken for pairs.
+
     Args:
       rng: a JAX random key; every head gets a fold of its own.
       keys: cached keys ``[..., n, d]``, any float dtype.

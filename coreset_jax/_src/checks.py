@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+# No model has more key-value heads.
+MOST_HEADS = 256
+
 
 def is_traced(value: object) -> bool:
     """Whether ``value`` is abstract, so that only its shape and dtype may be looked at."""
@@ -52,9 +55,40 @@ def check_queries(queries: Any, keys: Any) -> None:
     if queries.ndim != keys.ndim:
         raise ValueError(f"queries must have the rank of keys, [..., q, d]; got {shapes}.")
     if queries.shape[:-2] != keys.shape[:-2]:
-        raise ValueError(f"queries must have the leading axes of keys; got {shapes}.")
+        hint = _by_length(queries.shape, keys.shape)
+        raise ValueError(f"queries must have the leading axes of keys; got {shapes}.{hint}")
     if queries.shape[-1] != keys.shape[-1]:
         raise ValueError(f"queries must have the width (axis -1) of keys; got {shapes}.")
+
+
+def _by_length(queries: tuple[int, ...], keys: tuple[int, ...]) -> str:
+    """What to transpose where shapes that do not fit seem to be ``[..., length, heads, d]``."""
+    if len(keys) < 3 or queries[:-3] != keys[:-3]:
+        return ""
+    if queries[-2] == keys[-3]:
+        names = "queries seem"
+    elif queries[-2] == keys[-2] < keys[-3]:
+        names = "queries, keys and values seem"
+    else:
+        return ""
+    return f" The {names} to be [..., length, heads, d]: transpose them by swapaxes(-2, -3)."
+
+
+def check_layout(keys: Any, size: int, lengths: Any) -> None:
+    """Raises ``ValueError`` if keys are ``[..., length, heads, d]`` beyond doubt.
+
+    That is where nothing would be left out of what ``size`` is to be left of, and where heads are
+    more than any model has. Whoever gives a length for every head knows which ones heads are.
+    """
+    if keys.ndim < 4 or lengths is not None:
+        return
+    heads, count = keys.shape[-3:-1]
+    if heads > max(MOST_HEADS, size) and count <= min(MOST_HEADS, size):
+        raise ValueError(
+            f"keys must be [..., heads, n, d], and seem to be [..., length, heads, d]: {count} "
+            f"pairs in each of {heads} heads, of which size {size} leaves all; got {keys.shape}. "
+            "Transpose keys and values by swapaxes(-2, -3)."
+        )
 
 
 def check_scores(scores: Any, keys: Any) -> None:

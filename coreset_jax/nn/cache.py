@@ -29,6 +29,12 @@ class CoresetCache:
     and cost nothing. Batch entries are independent of each other. A NaN or an infinity makes the
     outputs of its head NaN as long as it is held, and for good once it has joined the middle.
 
+    Queries, keys and values are ``[batch, length, heads, width]`` in all methods, as in Flax.
+    Arrays ``[batch, heads, length, width]``, as :func:`coreset_jax.compress` has them, must be
+    transposed, by ``swapaxes(1, 2)``. They are refused where shapes tell, which they do not where
+    there are as many tokens as heads, and for queries alone, where tokens are a multiple of the kv
+    heads.
+
     All arrays start with the batch: ``jax.tree.map(lambda leaf: leaf[order], cache)`` reorders or
     repeats sequences, as a beam search does, and each goes on as it would have in its old row.
 
@@ -81,10 +87,11 @@ class CoresetCache:
           values: the same, ``[batch, any, kv_heads, value_dim]``.
 
         Raises:
-          ValueError: if keys and values do not fit each other, or options of the compressor fit
-            no head.
+          ValueError: if keys and values do not fit each other, options of the compressor fit no
+            head, or there are more than 256 kv heads of at most as many places.
         """
         checks.check_pairs(keys, values)
+        checks.check_example(keys)
         check_heads(config.compressor, keys.shape[2:3], config.block_size, keys.shape[3])
         words = jnp.zeros_like(keys[:, 0, 0, :1], jnp.uint32)
         words = words + jax.random.bits(rng, (1, 2), jnp.uint32)
@@ -223,11 +230,7 @@ class CoresetCache:
             raise ValueError("lengths go with keys and values, which are not given.")
         if keys is not None:
             checks.check_new_pairs(keys, values, lengths, self.recent)
-            if keys.shape[1] != queries.shape[1]:
-                raise ValueError(
-                    f"keys must come one with each query; got queries {queries.shape} and "
-                    f"keys {keys.shape}."
-                )
+            checks.check_one_each(queries, keys)
         return _attend(self, queries, keys, values, lengths)
 
     def read_and_extend(

@@ -25,6 +25,22 @@ def check_pairs(keys: Any, values: Any) -> None:
         )
 
 
+def _by_head(name: str) -> str:
+    return (
+        f" {name.capitalize()} seem to be [batch, heads, length, width]: transpose them by "
+        "swapaxes(1, 2)."
+    )
+
+
+def check_example(keys: Any) -> None:
+    """Raises ``ValueError`` if keys that show what is to come have their heads before places."""
+    if keys.shape[2] > checks.MOST_HEADS >= keys.shape[1]:
+        raise ValueError(
+            f"keys must be [batch, length, kv_heads, head_dim]; got {keys.shape}, which are "
+            f"{keys.shape[2]} kv heads.{_by_head('keys')}"
+        )
+
+
 def check_lengths(lengths: Any, keys: Any) -> None:
     """Raises ``ValueError`` unless integer ``lengths`` ``[batch]`` lie in ``0..length``.
 
@@ -63,9 +79,11 @@ def check_new_pairs(keys: Any, values: Any, lengths: Any, held: KVBlock) -> None
     for name, array, like in (("keys", keys, held.keys), ("values", values, held.values)):
         batch, heads, _, width = like.shape
         if (array.shape[0], *array.shape[2:]) != (batch, heads, width):
+            swapped = (array.shape[0], array.shape[1], array.shape[3]) == (batch, heads, width)
             raise ValueError(
                 f"{name} must be [batch, length, kv_heads, head_dim] of a cache for batch "
                 f"{batch}, {heads} kv heads and width {width}; got {array.shape}."
+                f"{_by_head(name) if swapped else ''}"
             )
         if array.dtype != like.dtype:
             raise ValueError(f"{name} must have the cache's dtype {like.dtype}, got {array.dtype}.")
@@ -82,8 +100,20 @@ def check_queries(queries: Any, held: KVBlock) -> None:
             f"head_dim {width}, got {queries.shape}."
         )
     if queries.shape[2] == 0 or queries.shape[2] % kv_heads:
+        swapped = queries.shape[1] and queries.shape[1] % kv_heads == 0
         raise ValueError(
             f"queries must have a multiple of the cache's {kv_heads} kv heads, got {queries.shape}."
+            f"{_by_head('queries') if swapped else ''}"
+        )
+
+
+def check_one_each(queries: Any, keys: Any) -> None:
+    """Raises ``ValueError`` unless there are as many keys as queries."""
+    if keys.shape[1] != queries.shape[1]:
+        swapped = keys.shape[1] == queries.shape[2]
+        raise ValueError(
+            f"keys must come one with each query; got queries {queries.shape} and "
+            f"keys {keys.shape}.{_by_head('queries') if swapped else ''}"
         )
 
 

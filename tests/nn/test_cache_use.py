@@ -269,3 +269,26 @@ def test_bad_arguments_are_refused(sequences, empty_cache, config):
     odd = CacheConfig(size=512, compressor=compressors.sampled(skew=np.ones(3)))
     with pytest.raises(ValueError, match="skew"):
         CoresetCache.init(odd, jax.random.key(0), keys, values)
+
+
+def test_arrays_by_head_are_refused(sequences, empty_cache, config):
+    """The other layout of the library."""
+    cache = empty_cache()
+    by_head = type(sequences)(*(array.swapaxes(1, 2) for array in sequences))
+    two = sequences.cut(0, 2)
+    few = type(sequences)(*(array[:, :, :1] for array in by_head))
+    for named, call, arguments in (
+        ("Keys", cache.append, by_head[1:]),
+        ("Keys", cache.prefill, few[1:]),
+        ("Keys", cache.read_and_extend, by_head),
+        ("Queries", cache.attend, (few.queries,)),
+        ("Queries", cache.attend, (by_head.queries[:, :, :2], *two[1:])),
+    ):
+        transpose = rf"{named} seem to be .*: transpose them by swapaxes\(1, 2\)"
+        with pytest.raises(ValueError, match=transpose):
+            call(*arguments)
+    long = jnp.zeros((1, 8, 4096, 4))
+    with pytest.raises(ValueError, match=r"4096 kv heads\. Keys seem to be"):
+        CoresetCache.init(config, jax.random.key(0), long, long)
+    wide = jnp.zeros((1, 1, 128, 4))
+    assert CoresetCache.init(config, jax.random.key(0), wide, wide).recent.keys.shape[1] == 128

@@ -188,6 +188,8 @@ class Compressor:
         """Keeps at most ``size`` pairs of each head.
 
         A pure function of its arguments: it may be jitted (``size`` static), vmapped and sharded.
+        Heads come before pairs; :func:`coreset_jax.compress` says what becomes of arrays
+        ``[batch, length, heads, d]``.
 
         Args:
           rng: a JAX random key; every head gets a fold of its own.

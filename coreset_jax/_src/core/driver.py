@@ -109,6 +109,7 @@ def check_arguments(
     checks.check_cache(keys, values)
     checks.check_size(size)
     checks.check_lengths(lengths, keys)
+    checks.check_layout(keys, int(size), lengths)
     if queries is not None:
         checks.check_queries(queries, keys)
     if scores is not None:
