@@ -312,7 +312,8 @@ class attention_matching(_Matching):  # noqa: N801
       rho, query_norm, scale: see :mod:`coreset_jax.refit`; ``kernel_radius`` is not used.
 
     It wants sample queries when called; values are not the source's any more, and weights need not
-    sum to the length.
+    sum to the length. In derivatives, the largest score of each sample, in the unit of which the
+    fit is made, counts as constant.
 
     Raises:
       ValueError: on bad options; when called, if ``queries`` are not given or empty.

@@ -26,6 +26,7 @@ from coreset_jax._src.balance import walks
 from coreset_jax._src.core.compressor import Compressor
 from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.turns import over_axes
+from coreset_jax._src.precision import log
 from coreset_jax._src.stream import summary as summaries
 from coreset_jax._src.stream.halvings import (
     check_compressor,
@@ -223,7 +224,7 @@ class merge_and_reduce:  # noqa: N801
             return Coreset(
                 jnp.where(inside, keys, jnp.zeros_like(keys)),
                 jnp.where(inside, values, jnp.zeros_like(values)),
-                jnp.where(sound, jnp.log(weights), jnp.nan),
+                jnp.where(sound, log(weights), jnp.nan),
                 positions,
             )
 

@@ -21,3 +21,15 @@ def matmul(left: Float[Array, "..."], right: Float[Array, "..."]) -> Float[Array
 def inner_products(left: Float[Array, "a d"], right: Float[Array, "b d"]) -> Float[Array, "a b"]:
     """All inner products of the rows of two arrays, ``[a, b]``."""
     return matmul(left, right.T)
+
+
+def root(squares: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The square root, with a derivative of 0 at 0, where that of a norm has none."""
+    zero = squares == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squares)))
+
+
+def log(weights: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The logarithm, with a derivative of 0 at 0: an empty slot stays empty."""
+    zero = weights == 0
+    return jnp.where(zero, -jnp.inf, jnp.log(jnp.where(zero, 1, weights)))

@@ -5,9 +5,11 @@ for KV Cache*, ICML 2024, arXiv 2402.02750: keys by channel, values by token. Pl
 its groups of tokens and its recent tokens in full width.
 """
 
+import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -22,6 +24,7 @@ from coreset_jax._src.precision import accumulation_dtype
 _PARAMETER_BYTES = 8
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _through_codes(
     array: Float[Array, "*heads m c"], kept: Bool[Array, "*heads m 1"], bits: int, axis: int
 ) -> Float[Array, "*heads m c"]:
@@ -36,6 +39,13 @@ def _through_codes(
     codes = jnp.round((wide - low) / jnp.where(step > 0, step, 1))
     codes = jnp.clip(codes, 0, levels)
     return jnp.where(kept, low + codes * step, 0).astype(array.dtype)
+
+
+@_through_codes.defjvp
+def _(bits: int, axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """What was rounded moves as it did before: constants almost everywhere would teach nothing."""
+    kept = primals[1]
+    return _through_codes(*primals, bits, axis), jnp.where(kept, tangents[0], 0)
 
 
 def _round_trip(coreset: AnyCoreset, bits: int) -> AnyCoreset:
@@ -80,7 +90,8 @@ class quantized(Wrapper):  # noqa: N801
       bits: bits of a code, from 2 to 8.
 
     A compressor; see :class:`coreset_jax.Compressor`. Keys and values are in the dtype of the
-    cache, neither bit-identical to it, not even where ``size >= n``.
+    cache, neither bit-identical to it, not even where ``size >= n``. In derivatives,
+    rounding counts as if it were not there.
 
     Raises:
       ValueError: if ``bits`` lies outside 2..8, or on other bad options; when called, as

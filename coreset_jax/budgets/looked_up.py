@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
@@ -138,6 +139,8 @@ def lookup_scores(head: Head) -> Float[Array, " n"]:
     Minus infinity for padding, and for what is not a number: a head that is not finite has no part
     in a budget that heads share.
     """
+    # Scores choose, and a choice has no derivative.
+    head = jax.lax.stop_gradient(head)
     found = head.scores
     if found is None:
         assert head.queries is not None

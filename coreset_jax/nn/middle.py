@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from coreset_jax._src.core.compressor import Compressor
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.turns import over_axes
+from coreset_jax._src.precision import log
 from coreset_jax._src.stream import summary as summaries
 from coreset_jax._src.stream.halvings import options_of_heads
 from coreset_jax._src.stream.sketch import Pairs
@@ -147,7 +148,7 @@ def absorb(
 def log_weights(middle: Summary) -> Float[Array, "batch kv_heads slots"]:
     """Logarithms of the weights; NaN in a head that has absorbed a NaN or an infinity."""
     sound = over_axes(summaries.is_sound, 2)(middle)
-    return jnp.where(sound[..., None], jnp.log(middle.pairs.weights), jnp.nan)
+    return jnp.where(sound[..., None], log(middle.pairs.weights), jnp.nan)
 
 
 def positions(middle: Summary) -> Int[Array, "batch kv_heads slots"]:

@@ -145,7 +145,8 @@ def test_masses_are_fitted_again_where_some_are_short(x64):
     _, fit = problem(keys, columns, marks, free)
 
     def with_least(least):
-        return fits.fit_with_least_masses(fit, free, lambda _: jnp.asarray(least))
+        least = fits.LeastMasses(jnp.asarray(least), jnp.asarray(-1e9))
+        return fits.fit_with_least_masses(fit, free, least)
 
     enough = np.full(len(marks), float(jnp.min(fit.coefficients[:, -1])) - 1e-9)
     again, masses = with_least(enough)

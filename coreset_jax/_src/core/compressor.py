@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Integer
 
 from coreset_jax._src import checks
 from coreset_jax._src.core import driver
-from coreset_jax._src.core.coreset import Coreset
+from coreset_jax._src.core.coreset import Coreset, like_source
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.core.turns import in_turns
@@ -145,7 +145,12 @@ class Compressor:
             return self.compress_head(head, size)
 
         workspace = self.workspace(head.count, size, head.width)
-        return in_turns(compress, workspace, of_products=self.of_products)(self, head)
+        turns = in_turns(compress, workspace, of_products=self.of_products)
+        if not self.chooses:
+            return turns(self, head)
+        # A choice has no derivative, and what is chosen has that of its source.
+        coreset, info = turns(*jax.lax.stop_gradient((self, head)))
+        return like_source(coreset, head.keys, head.values), info
 
     def on_heads(self, cache: driver.Cache, size: int) -> tuple[Coreset, Info]:
         """The coresets of all heads; for methods that share something between heads to define."""
@@ -161,6 +166,11 @@ class Compressor:
         """
         del size
         return count * width
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it only chooses pairs; their weights count as constants in derivatives."""
+        return self.keeps_pairs
 
     @property
     def reads_queries(self) -> bool:
@@ -206,6 +216,11 @@ class Compressor:
           A coreset with ``min(size, n)`` slots a head; ``size >= n`` returns the cache itself. A
           head with a NaN or an infinity among its pairs, or among the samples that are used, has
           NaN log-weights.
+
+        Its derivatives are those of the function with the choice of pairs held, which is constant
+        almost everywhere: pairs that are kept have those of the pairs of the source, and fits those
+        of what they solve. Weights that a choice brings with it count as constants. In reverse mode
+        only.
 
         Raises:
           ValueError: on ill-fitting shapes, a ``size`` below 1, ``lengths`` outside ``1..n``,
@@ -330,6 +345,11 @@ class Wrapper(Compressor):
     def keeps_pairs(self) -> bool:  # type: ignore[override]
         """Whether the inner compressor keeps pairs of the source."""
         return self.compressor.keeps_pairs
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it only chooses pairs: what is around a choice has derivatives of its own."""
+        return False
 
     @property
     def signed(self) -> bool:  # type: ignore[override]

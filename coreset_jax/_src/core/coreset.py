@@ -94,6 +94,36 @@ def gather(
     return emptied(kept, indices < 0)
 
 
+@jax.custom_jvp
+def _rows(
+    rows: Float[Array, "m d"], source: Float[Array, "n d"], places: Int[Array, " m"]
+) -> Float[Array, "m d"]:
+    """Rows with the derivative of rows of the source, none where a place is negative."""
+    del source, places
+    return rows
+
+
+@_rows.defjvp
+def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    rows, _, places = primals
+    moved = tangents[1][jnp.maximum(places, 0)]
+    return rows, jnp.where(places[:, None] < 0, 0, moved).astype(rows.dtype)
+
+
+def like_source(
+    coreset: AnyCoreset, keys: Float[Array, "n d"], values: Float[Array, "n dv"]
+) -> AnyCoreset:
+    """The same coreset; keys and values have the derivatives of the pairs at its indices.
+
+    Whatever they were made by has none. What is rounded, or otherwise a constant almost
+    everywhere, can be differentiated so.
+    """
+    return coreset._replace(
+        keys=_rows(coreset.keys, keys, coreset.indices),
+        values=_rows(coreset.values, values, coreset.indices),
+    )
+
+
 def emptied(coreset: AnyCoreset, slots: Array) -> AnyCoreset:
     """The coreset with some slots empty.
 

@@ -1,7 +1,7 @@
 """How many heads, or chunks of them, a stage works on at a time: one budget of memory for all."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -44,7 +44,54 @@ def in_turns(
     if of_products and jax.default_backend() == "cpu":
         workspace = memory_budget()
     # Traced once, whatever the number of axes.
-    return _over(jax.jit(function), (), workspace)
+    traced = jax.jit(function)
+
+    def call(*arguments: Any) -> Result:
+        leaves, tree = jax.tree.flatten(arguments)
+        smooth = [_is_smooth(leaf) for leaf in leaves]
+
+        def on_leaves(numbers: list[Array], others: list[Array]) -> Result:
+            return _over(traced, (), workspace)(
+                *jax.tree.unflatten(tree, _merged(smooth, numbers, others))
+            )
+
+        def pull_back(numbers: list[Array], others: list[Array], cotangents: Any) -> list[Array]:
+            def smooth_results(*numbers: Array) -> list[Array]:
+                found = function(*jax.tree.unflatten(tree, _merged(smooth, numbers, others)))
+                return [leaf for leaf in jax.tree.leaves(found) if _is_smooth(leaf)]
+
+            _, transposed = jax.vjp(smooth_results, *numbers)
+            return list(transposed(cotangents))
+
+        def backward(given: Any, cotangents: Any) -> tuple[list[Array], None]:
+            wanted = [leaf for leaf in jax.tree.leaves(cotangents) if _is_smooth(leaf)]
+            # Cotangents take as much again, and so do results that are kept for them.
+            return in_turns(pull_back, 4 * workspace)(*given, wanted), None
+
+        # A batching rule alone cannot be transposed. Going back, heads are worked through in turns
+        # as well, each of them once more from the start.
+        differentiable = jax.custom_vjp(on_leaves)
+        differentiable.defvjp(lambda *given: (on_leaves(*given), given), backward)
+        numbers, others = (
+            [leaf for leaf, is_one in zip(leaves, smooth, strict=True) if is_one is each]
+            for each in (True, False)
+        )
+        return differentiable(numbers, others)
+
+    return call
+
+
+def _is_smooth(leaf: Any) -> bool:
+    """Whether results may have a derivative along this array, or it may have one."""
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _merged(
+    smooth: Sequence[bool], numbers: Iterable[Array], others: Iterable[Array]
+) -> list[Array]:
+    """Leaves in their order again."""
+    numbers, others = iter(numbers), iter(others)
+    return [next(numbers) if each else next(others) for each in smooth]
 
 
 class _Axis(NamedTuple):

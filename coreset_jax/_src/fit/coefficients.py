@@ -4,8 +4,7 @@ A pair adds the coefficients ``[value, 1]`` at its key to the numerator and the 
 fit finds those behind a few keys that are nearest to all of a cache's.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from coreset_jax._src.geometry.kernels import gaussian_kernel
 from coreset_jax._src.geometry.solves import solve_definite
-from coreset_jax._src.precision import inner_products, matmul
+from coreset_jax._src.precision import inner_products, matmul, root
 
 # Pairs of the cache whose kernel with the coreset is held at a time.
 BLOCK = 2048
@@ -143,10 +142,25 @@ def _definite(kernel: Float[Array, "m m"], fitted: Bool[Array, " m"]) -> Float[A
     return kernel + jnp.diag(jnp.where(fitted, ridge, 1))
 
 
+class LeastMasses(NamedTuple):
+    r"""What no mass may fall below: :math:`\max(f_s, c \|Y'_s\|)`, of all columns but the last.
+
+    Attributes:
+      floors: :math:`f`, ``[m]``.
+      per_length: :math:`c`.
+    """
+
+    floors: Float[Array, " m"]
+    per_length: Float[Array, ""]
+
+    def of(self, coefficients: Float[Array, "m c"]) -> Float[Array, " m"]:
+        """The least masses of some coefficients."""
+        lengths = root(jnp.sum(jnp.square(coefficients[:, :-1]), axis=-1))
+        return jnp.maximum(self.floors, self.per_length * lengths)
+
+
 def fit_with_least_masses(
-    fit: Fit,
-    free: Bool[Array, " m"],
-    least_mass: Callable[[Float[Array, "m c"]], Float[Array, " m"]],
+    fit: Fit, free: Bool[Array, " m"], least: LeastMasses
 ) -> tuple[Fit, Float[Array, " m"]]:
     """A fit, and its last column, the masses, none of them below the least.
 
@@ -156,31 +170,69 @@ def fit_with_least_masses(
     Args:
       fit: kernel and moments.
       free: which keys are fitted ``[m]``.
-      least_mass: the least mass of each key for some coefficients.
+      least: what no mass may fall below.
     """
+    coefficients, masses = _with_least_masses(fit.kernel, fit.moments, free, least)[:2]
+    return fit._replace(coefficients=coefficients), masses
+
+
+@jax.custom_vjp
+def _with_least_masses(
+    kernel: Array, moments: Array, free: Array, least: LeastMasses
+) -> tuple[Array, Array, Array]:
+    """Coefficients, masses, and which of these were held at their least."""
     State = tuple[Array, Array, Array, Array, Array]  # noqa: N806
 
     def unfinished(state: State) -> Array:
-        rounds, _, masses, least, held = state
-        short = jnp.any(free & ~held & (masses < least))
+        rounds, _, masses, floors, held = state
+        short = jnp.any(free & ~held & (masses < floors))
         return (rounds == 0) | ((rounds <= _MASS_ROUNDS) & short)
 
     def solve(state: State) -> State:
-        rounds, coefficients, masses, least, held = state
-        held = held | (free & (masses < least) & (rounds > 0))
-        fitted = free & ~held
-        kernel = jnp.where(fitted[:, None] & fitted[None], fit.kernel, 0)
-        known = matmul(fit.kernel, jnp.where(held, least, 0))
-        missing = fit.moments.at[:, -1].add(-known)
-        right = jnp.where(fitted[:, None], missing, 0)
-        solved = solve_definite(_definite(kernel, fitted), right)
+        rounds, coefficients, masses, floors, held = state
+        held = held | (free & (masses < floors) & (rounds > 0))
+        solved = _solved_beside(kernel, moments, free, held, floors)
         coefficients = jnp.where(rounds == 0, solved, coefficients)
-        masses = jnp.where(held, least, solved[:, -1])
-        return rounds + 1, coefficients, masses, least_mass(coefficients), held
+        masses = jnp.where(held, floors, solved[:, -1])
+        return rounds + 1, coefficients, masses, least.of(coefficients), held
 
     # Made from the fit, so that everything carried varies over the mesh axes that it does.
-    none, zeros = jnp.zeros_like(free), jnp.zeros_like(fit.moments[:, 0])
-    start = (jnp.sum(none), fit.coefficients, zeros, zeros, none)
-    _, coefficients, masses, least, _ = jax.lax.while_loop(unfinished, solve, start)
-    masses = jnp.where(free, jnp.maximum(masses, least), 0)
-    return fit._replace(coefficients=coefficients), masses
+    none, zeros = jnp.zeros_like(free), jnp.zeros_like(moments[:, 0])
+    start = (jnp.sum(none), jnp.zeros_like(moments), zeros, zeros, none)
+    _, coefficients, masses, floors, held = jax.lax.while_loop(unfinished, solve, start)
+    return coefficients, jnp.where(free, jnp.maximum(masses, floors), 0), held
+
+
+def _solved_beside(
+    kernel: Array, moments: Array, free: Array, held: Array, floors: Array
+) -> Float[Array, "m c"]:
+    """The coefficients of free keys beside others that are held with the least of masses."""
+    fitted = free & ~held
+    inner = jnp.where(fitted[:, None] & fitted[None], kernel, 0)
+    known = matmul(kernel, jnp.where(held, floors, 0))
+    missing = moments.at[:, -1].add(-known)
+    return solve_definite(_definite(inner, fitted), jnp.where(fitted[:, None], missing, 0))
+
+
+def _forward(kernel: Array, moments: Array, free: Array, least: LeastMasses) -> Any:
+    found = _with_least_masses(kernel, moments, free, least)
+    return found, (kernel, moments, least, free, found[2])
+
+
+def _backward(kept: Any, cotangents: Any) -> Any:
+    """The derivative with the choice of masses that are held, held as well."""
+    *smooth, free, held = kept
+
+    def found(kernel: Array, moments: Array, least: LeastMasses) -> tuple[Array, Array]:
+        nothing = jnp.zeros_like(moments[:, 0])
+        coefficients = _solved_beside(kernel, moments, free, jnp.zeros_like(held), nothing)
+        floors = least.of(coefficients)
+        solved = _solved_beside(kernel, moments, free, held, floors)
+        masses = jnp.where(held, floors, jnp.maximum(solved[:, -1], floors))
+        return coefficients, jnp.where(free, masses, 0)
+
+    kernel, moments, least = jax.vjp(found, *smooth)[1](cotangents[:2])
+    return kernel, moments, None, least
+
+
+_with_least_masses.defvjp(_forward, _backward)

@@ -13,6 +13,7 @@ them, take a third off the error of attention.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -22,6 +23,7 @@ from coreset_jax._src.core.info import Info
 from coreset_jax._src.fit.coefficients import (
     BLOCK,
     MOST_KEPT,
+    LeastMasses,
     Source,
     blocks_of,
     fit_with_least_masses,
@@ -65,8 +67,10 @@ def _problem(
     places = jnp.where(held & (coreset.indices >= 0), coreset.indices, head.count)
     # Heavy pairs that were kept stay what they are, and nothing else has to answer for them.
     if alone is None:
-        importance = log_importance(geometry, head.keys, head.values, head.inside)
-        heavy = alone_in_head(head, importance, coreset.indices.shape[0])
+        # Which pairs are heavy is a choice, and has no derivative.
+        fixed, around = jax.lax.stop_gradient((head, geometry))
+        importance = log_importance(around, fixed.keys, fixed.values, fixed.inside)
+        heavy = alone_in_head(fixed, importance, coreset.indices.shape[0])
         alone = heavy[jnp.minimum(places, head.count - 1)]
     still = (places < head.count) & alone
     free = held & ~still
@@ -126,18 +130,16 @@ def move_and_fit(
 
     # Coefficients are lowered to those of the exponential kernel again. Masses are held above zero,
     # and above what would take a value far out of the range of all others.
-    def least_mass(coefficients: Array) -> Array:
-        lengths = jnp.sqrt(jnp.sum(jnp.square(coefficients[:, :-1]), axis=-1))
-        farthest = lengths / (_FARTHEST_VALUE * geometry.value_gain)
-        return jnp.maximum(_LEAST_WEIGHT * jnp.exp(log_lifts), farthest)
+    floors = _LEAST_WEIGHT * jnp.exp(log_lifts)
+    least = LeastMasses(floors, 1 / (_FARTHEST_VALUE * geometry.value_gain))
 
     if last_fit:
         last = project_onto(source, centers, free)
         before = last.captured(problem.coefficients) if before is None else before
-        last, masses = fit_with_least_masses(last, free, least_mass)
+        last, masses = fit_with_least_masses(last, free, least)
     else:
-        least = least_mass(last.coefficients)
-        masses = jnp.where(free, jnp.maximum(last.coefficients[:, -1], least), 0)
+        masses = jnp.maximum(last.coefficients[:, -1], least.of(last.coefficients))
+        masses = jnp.where(free, masses, 0)
     divisors = jnp.where(free, masses, 1)
     values = geometry.restore_values(last.coefficients[:, :-1] / divisors[:, None])
     values = values.astype(coreset.values.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from coreset_jax._src.fit.coefficients import Fit, Source, fit_coefficients, project_onto, seen_by
-from coreset_jax._src.precision import matmul
+from coreset_jax._src.precision import matmul, root
 
 # What is added to the curvature of a step, as a share of its mean; how much of a step is that of
 # the one before; and how far it may go, in units of the kernel's width.
@@ -50,7 +50,7 @@ def newton_step(
     mean = jnp.sum(curvature) / jnp.maximum(jnp.sum(free), 1).astype(curvature.dtype)
     curvature += _DAMPING * mean + jnp.finfo(curvature.dtype).tiny
     step = total / curvature[:, None]
-    length = jnp.sqrt(jnp.sum(jnp.square(step), axis=-1, keepdims=True))
+    length = root(jnp.sum(jnp.square(step), axis=-1, keepdims=True))
     return step * jnp.minimum(1, _LONGEST_STEP / jnp.maximum(length, _LONGEST_STEP))
 
 

@@ -16,7 +16,7 @@ from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.geometry.solves import identity_like, one_by_one, regularized_solve
 from coreset_jax._src.geometry.standardize import Standardization
-from coreset_jax._src.precision import inner_products, matmul
+from coreset_jax._src.precision import inner_products, matmul, root
 
 # Scores of the samples over the whole cache that are held at a time.
 _SCORES = 2**20
@@ -158,8 +158,8 @@ def unless_worse(
     unit = head.standardization.value_radius
     return chosen, info.with_fit(
         improved,
-        sample_error_before=unit * jnp.sqrt(before),
-        sample_error_after=unit * jnp.sqrt(jnp.where(improved, after, before)),
+        sample_error_before=unit * root(before),
+        sample_error_after=unit * root(jnp.where(improved, after, before)),
     )
 
 
@@ -169,7 +169,9 @@ def largest_square(matrix: Float[Array, "q m"]) -> Float[Array, ""]:
     def step(_: Array, direction: Array) -> Array:
         image = matmul(matrix, direction)
         direction = matmul(matrix.T, image)
-        return direction / jnp.maximum(jnp.linalg.norm(direction), jnp.finfo(matrix.dtype).tiny)
+        return direction / jnp.maximum(
+            root(jnp.sum(jnp.square(direction))), jnp.finfo(matrix.dtype).tiny
+        )
 
     start = jnp.ones_like(matrix[0]) * matrix.shape[1] ** -0.5
     direction = jax.lax.fori_loop(0, _POWER_STEPS, step, start)
@@ -206,7 +208,7 @@ def matched_log_weights(
       Zweiger, Fu, Guo, Kim, *Fast KV Compaction via Attention Matching*, 2026, arXiv 2602.16284.
     """
     square = largest_square(masses)
-    ridge = _ROUNDINGS * jnp.finfo(masses.dtype).eps * jnp.sqrt(square)
+    ridge = _ROUNDINGS * jnp.finfo(masses.dtype).eps * root(square)
 
     def bounded(weights: Array) -> Array:
         return jnp.clip(weights, jnp.exp(-bound), jnp.exp(bound))

@@ -24,7 +24,7 @@ from coreset_jax._src.geometry.solves import (
     one_by_one,
     solve_factored,
 )
-from coreset_jax._src.precision import inner_products, matmul
+from coreset_jax._src.precision import inner_products, matmul, root
 
 # One sample of so many is held back, to judge the fit.
 _HELD_BACK = 8
@@ -130,7 +130,9 @@ def represent(head: Head, rest: Bool[Array, " n"], slots: int) -> tuple[Coreset,
         these are they, with weight one.
     """
     seen = _rest_of(head, rest)
-    places, rounds = _pivots(head, rest, seen, slots)
+    # A choice has no derivative.
+    fixed, shown = jax.lax.stop_gradient((head, seen))
+    places, rounds = _pivots(fixed, rest, shown, slots)
     held = places < head.count
     rows = jnp.minimum(places, head.count - 1)
     keys, values = head.keys[rows], head.values[rows]
@@ -166,8 +168,8 @@ def represent(head: Head, rest: Bool[Array, " n"], slots: int) -> tuple[Coreset,
     judged = jnp.maximum(jnp.sum(judging), 1)
     info = Info(rounds=rounds, heavy=jnp.sum(head.inside & ~rest, dtype=jnp.int32)).with_fit(
         better,
-        sample_error_before=unit * jnp.sqrt(before / judged),
-        sample_error_after=unit * jnp.sqrt(jnp.minimum(before, after) / judged),
+        sample_error_before=unit * root(before / judged),
+        sample_error_after=unit * root(jnp.minimum(before, after) / judged),
     )
     return coreset, info
 
@@ -191,7 +193,7 @@ def _solved(
     square = jnp.sum(jnp.square(together))
     common = jnp.sum(missing[:, -1] * together) / jnp.where(square > 0, square, 1)
     common = jnp.maximum(common, jnp.finfo(common.dtype).tiny)
-    lengths = jnp.sqrt(jnp.sum(jnp.square(shares), axis=0))
+    lengths = root(jnp.sum(jnp.square(shares), axis=0))
     scales = jnp.where(lengths > 0, 1 / lengths, 0)
     features = shares * scales[None]
     normal = matmul(features.T, features)
@@ -207,6 +209,6 @@ def _solved(
     numerators = weights[:, None] * own[:, :-1]
     wanted = missing[:, :-1] + excess[:, None] * seen.outputs
     numerators = numerators + change(wanted - matmul(shares, numerators))
-    sizes = jnp.sqrt(jnp.sum(jnp.square(numerators), axis=-1)) / weights
+    sizes = root(jnp.sum(jnp.square(numerators), axis=-1)) / weights
     numerators = numerators * jnp.minimum(1, _FARTHEST_VALUE / jnp.maximum(sizes, 1))[:, None]
     return common, jnp.concatenate([numerators, weights[:, None]], axis=-1)

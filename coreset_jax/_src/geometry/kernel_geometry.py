@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from coreset_jax._src.geometry.kernels import exponential_kernel
 from coreset_jax._src.geometry.standardize import Standardization
-from coreset_jax._src.precision import matmul
+from coreset_jax._src.precision import matmul, root
 
 # Keys that lie further out, in units of the root mean square, are drawn in to there.
 REACH = 2.0
@@ -43,7 +43,7 @@ class Geometry(NamedTuple):
 
     def keys(self, keys: Float[Array, "*heads n d"]) -> Float[Array, "*heads n d"]:
         """Raw keys in this geometry: norm at most one, those beyond the reach drawn in."""
-        norms = jnp.sqrt(self._unit_squares(keys))
+        norms = root(self._unit_squares(keys))
         shrink = 1 / jnp.maximum(norms, self.reach[..., None])
         return self.standardization.unit_keys(keys) * shrink[..., None]
 

@@ -1,10 +1,14 @@
 """Solves that do not fail: Gram matrices that may be singular, and LAPACK's routines in a batch."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
+
+from coreset_jax._src.precision import matmul
 
 
 def identity_like(matrix: Shaped[Array, "m m"]) -> Shaped[Array, "m m"]:
@@ -32,6 +36,12 @@ def regularized_solve(
       The solution ``[l, c]``; NaN where the matrix is zero or not finite, or where no ridge up to
       the mean is enough.
     """
+    return _with_ridge(ridge, gram, right)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_ridge(ridge: float, gram: Array, right: Array) -> tuple[Array, Array]:
+    """The solution, and what was added to the diagonal."""
     eye = identity_like(gram)
     mean = jnp.mean(jnp.diagonal(gram))
     most = mean * max(ridge, 1.0)
@@ -46,22 +56,49 @@ def regularized_solve(
         return 10 * shift, solve_definite(gram + shift * eye, right)
 
     start = (ridge * mean, right + jnp.nan)
-    return jax.lax.while_loop(fails, attempt, start)[1]
+    shift, solution = jax.lax.while_loop(fails, attempt, start)
+    return solution, shift / 10
 
 
-def one_by_one(routine: Callable[..., Array]) -> Callable[..., Array]:
+def _forward(ridge: float, gram: Array, right: Array) -> Any:
+    found = _with_ridge(ridge, gram, right)
+    return found, (gram, *found)
+
+
+def _backward(ridge: float, kept: Any, cotangents: Any) -> tuple[Array, Array]:
+    del ridge
+    gram, solution, shift = kept
+    eye = identity_like(gram)
+    adjoint = solve_definite(gram + shift * eye, cotangents[0])
+    # The ridge is a multiple of the mean of the diagonal.
+    through_ridge = jnp.sum(adjoint * solution) * shift / jnp.sum(jnp.diagonal(gram))
+    return -matmul(adjoint, solution.T) - through_ridge * eye, adjoint
+
+
+_with_ridge.defvjp(_forward, _backward)
+
+
+def one_by_one(routine: Callable[..., Any]) -> Callable[..., Any]:
     """A routine of LAPACK's that on CPU takes the matrices of a batch one after another.
 
     Over a batch it would wait for the thread pool that it runs on. Where two do so at once, on
     several devices or as independent parts of one program, that is for ever.
     """
 
-    def call(*arguments: Array) -> Array:
+    def call(*arguments: Array) -> Any:
         sequential = jax.custom_batching.sequential_vmap(routine)
-        found: Array = jax.lax.platform_dependent(*arguments, cpu=sequential, default=routine)
-        return found
+        return jax.lax.platform_dependent(*arguments, cpu=sequential, default=routine)
 
-    return call
+    def pull_back(arguments: tuple[Array, ...], cotangent: Any) -> tuple[Array, ...]:
+        return jax.vjp(routine, *arguments)[1](cotangent)
+
+    # A batching rule alone cannot be transposed.
+    differentiable = jax.custom_vjp(call)
+    differentiable.defvjp(
+        lambda *arguments: (call(*arguments), arguments),
+        lambda arguments, cotangent: one_by_one(pull_back)(arguments, cotangent),
+    )
+    return differentiable
 
 
 def cholesky_factor(matrix: Float[Array, "m m"]) -> Float[Array, "m m"]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Integer
 
 from coreset_jax._src import checks
 from coreset_jax._src.attention import default_scale
-from coreset_jax._src.precision import accumulation_dtype, matmul
+from coreset_jax._src.precision import accumulation_dtype, matmul, root
 
 
 class Standardization(NamedTuple):
@@ -161,11 +161,11 @@ def _center_radius_spread(
     squares = jnp.sum(jnp.square(array - center[..., None, :]), axis=-1)
     if lengths is not None:
         squares = jnp.where(inside, squares, jnp.zeros_like(squares))
-    radius = jnp.sqrt(jnp.max(squares, axis=-1))
+    radius = root(jnp.max(squares, axis=-1))
     # Rows that all agree differ from their mean by its rounding, which must not be blown up.
     rounding = 64 * limits.eps * (peak / unit) * array.shape[-1] ** 0.5
     agree = radius <= rounding
-    spread = jnp.where(agree, 0, jnp.sqrt(mean(squares[..., None])[..., 0]) / radius)
+    spread = jnp.where(agree, 0, root(mean(squares[..., None])[..., 0]) / radius)
     return center * unit[..., None], jnp.where(agree, 1, radius * unit), spread
 
 
@@ -175,9 +175,9 @@ def largest_norm(
     """The largest norm of some sample queries, or that of a Gaussian query where there are none."""
     if queries is None:
         return width**0.5
-    norms = jnp.linalg.norm(queries.astype(accumulation_dtype(queries)), axis=-1)
+    squares = jnp.sum(jnp.square(queries.astype(accumulation_dtype(queries))), axis=-1)
     # All-zero samples ask nothing; a tiny radius keeps the change of units invertible.
-    return jnp.maximum(jnp.max(norms, axis=-1), jnp.finfo(norms.dtype).eps)
+    return jnp.maximum(root(jnp.max(squares, axis=-1)), jnp.finfo(squares.dtype).eps)
 
 
 def standardize(

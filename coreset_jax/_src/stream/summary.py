@@ -103,17 +103,19 @@ def of_coreset(
         Pairs(coreset.keys, coreset.values, weights, coreset.indices + offset),
     )
     pairs = pairs._replace(positions=jnp.where(pairs.weights > 0, pairs.positions, -1))
+    # What is known of the error chooses later on, and counts as constant in derivatives.
+    head, known = jax.lax.stop_gradient((head, pairs))
     ledger = blank.ledger._replace(key_sum=jnp.sum(head.keys.astype(dtype), axis=0))
-    standardization = errors.weighted_standardization(pairs, ledger, jnp.ones((), bool), settings)
+    standardization = errors.weighted_standardization(known, ledger, jnp.ones((), bool), settings)
     geometry = balancing_geometry(standardization)
-    chosen = errors.landmark_keys(pairs, landmarks)
+    chosen = errors.landmark_keys(known, landmarks)
     # A fit has other values than its source, so that what it holds is a measure of its own.
     moments = [
         geometry.moments(
             geometry.keys(chosen), keys, errors.coefficients(masses, values.astype(dtype))
         )
         for keys, values, masses in (
-            (pairs.keys, pairs.values, pairs.weights),
+            (known.keys, known.values, known.weights),
             (head.keys, head.values, head.inside.astype(dtype)),
         )
     ]
@@ -206,8 +208,13 @@ def join(rng: Array, left: Summary, right: Summary, settings: Settings) -> Summa
 
 
 def reduce_to(rng: Array, slots: int, summary: Summary, settings: Settings) -> Summary:
-    """The summary in ``slots`` slots, after as many halvings as that takes."""
-    pairs, sketch, ledger, count = summary
+    """The summary in ``slots`` slots, after as many halvings as that takes.
+
+    Halvings choose, and have no derivative: keys and values have those that they came with, and so
+    have weights, times what they have grown by. What is known of the error counts as constant.
+    """
+    held = summary.pairs
+    pairs, sketch, ledger, count = jax.lax.stop_gradient(summary)
     over = jnp.sum(pairs.weights > 0) > slots
     # The geometry is fixed by the first halving, its reach grows with the keys, and new landmarks
     # are chosen whenever the stream has doubled.
@@ -263,7 +270,23 @@ def reduce_to(rng: Array, slots: int, summary: Summary, settings: Settings) -> S
     # Full slots first, in the order of the stream.
     order = jnp.where(pairs.weights > 0, pairs.positions, jnp.iinfo(jnp.int32).max)
     kept = jnp.argsort(order)[:slots]
+    weights = _grown(pairs.weights, held.weights)
+    pairs = pairs._replace(keys=held.keys, values=held.values, weights=weights)
     return Summary(jax.tree.map(lambda array: array[kept], pairs), sketch, ledger, count)
+
+
+@jax.custom_jvp
+def _grown(after: Float[Array, " s"], before: Float[Array, " s"]) -> Float[Array, " s"]:
+    """Weights as they are, with the derivative of what they were times a constant factor."""
+    del before
+    return after
+
+
+@_grown.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    after, before = primals
+    factors = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 0)
+    return after, factors * tangents[1]
 
 
 def is_sound(summary: Summary) -> Bool[Array, ""]:
