@@ -147,7 +147,7 @@ class CoresetCache:
         >>> import jax, jax.numpy as jnp
         >>> from coreset_jax.nn import CacheConfig, CoresetCache
         >>> keys, values = jax.random.normal(jax.random.key(0), (2, 3, 20, 2, 8))
-        >>> cache = CoresetCache.init(CacheConfig(size=256), jax.random.key(1), keys, values)
+        >>> cache = CoresetCache.init(CacheConfig(size=196), jax.random.key(1), keys, values)
         >>> cache.append(keys, values).reset(jnp.array([False, True, False])).lengths.tolist()
         [20, 0, 20]
         """
@@ -301,9 +301,6 @@ def _prefill(
 
 @jax.jit
 def _append(cache: CoresetCache, keys: Array, values: Array, lengths: Array | None) -> CoresetCache:
-    # A row that was emptied by its length alone holds what must not be appended to.
-    left = ~_outgrown(cache) & ((cache.filled > 0) | jnp.any(cache.middle.absorbed > 0, axis=1))
-    cache = jax.lax.cond(jnp.any(left), lambda: _reset(cache, left), lambda: cache)
     counts = _counts(cache, keys, lengths)
     total = keys.shape[1]
     width = min(total, cache.config.block_size)
@@ -315,8 +312,12 @@ def _append(cache: CoresetCache, keys: Array, values: Array, lengths: Array | No
         start = number * width
         inside = jnp.clip(counts - start, 0, width)
         # A batch decodes in step: as a rule all sequences are full at once, and most steps none.
-        full = cache.filled + inside > cache.config.num_recent
-        cache = jax.lax.cond(jnp.any(full), lambda: _flush(cache, full), lambda: cache)
+        full = _filled(cache) + inside > cache.config.num_recent
+        # A row that was emptied by its length alone holds what must not be appended to.
+        left = ~_outgrown(cache) & ((cache.filled > 0) | jnp.any(cache.middle.absorbed > 0, axis=1))
+        cache = jax.lax.cond(
+            jnp.any(full | left), lambda: _flush(_reset(cache, left), full), lambda: cache
+        )
         pairs = (jax.lax.dynamic_slice_in_dim(array, start, width, 2) for array in new)
         return _write(cache, KVBlock(*pairs), inside)
 
