@@ -90,22 +90,36 @@ class chunked(Wrapper):  # noqa: N801
             return array.reshape(chunks, width, -1) if even else array[places]
 
         def compress(
-            number: Array, keys: Array, values: Array, scores: Array | None, length: Array
+            number: Array,
+            keys: Array,
+            values: Array,
+            scores: Array | None,
+            log_weights: Array | None,
+            length: Array,
         ) -> tuple[Coreset, Info]:
             chunk = head.part(
                 number=number,
                 keys=keys,
                 values=values,
                 scores=scores,
+                log_weights=log_weights,
                 length=length,
                 ragged=not even,
             )
             return self.compressor.on_head(chunk, size // chunks)
 
         numbers = head.number * chunks + edges[:-1]
-        scores = None if head.scores is None else cut(head.scores).reshape(chunks, width)
+        scores, log_weights = (
+            None if each is None else cut(each).reshape(chunks, width)
+            for each in (head.scores, head.log_weights)
+        )
         coresets, info = jax.vmap(compress)(
-            numbers, cut(head.keys), cut(head.values), scores, jnp.maximum(lengths, 1)
+            numbers,
+            cut(head.keys),
+            cut(head.values),
+            scores,
+            log_weights,
+            jnp.maximum(lengths, 1),
         )
         # A head of fewer pairs than chunks leaves some of them empty.
         absent = (coresets.indices < 0) | (lengths == 0)[:, None]
@@ -191,7 +205,10 @@ class keep_ends(Wrapper):  # noqa: N801
         between = head.part(
             keys=head.keys[sinks:stop],
             values=head.values[sinks:stop],
-            scores=None if head.scores is None else head.scores[sinks:stop],
+            **{
+                name: None if array is None else array[sinks:stop]
+                for name, array in (("scores", head.scores), ("log_weights", head.log_weights))
+            },
             length=jnp.maximum(head.length - sinks - recent, 1),
         )
         middle, info = self.compressor.on_head(between, size - sinks - recent)
@@ -202,9 +219,9 @@ class keep_ends(Wrapper):  # noqa: N801
             middle = emptied(middle, absent)
 
         def end(places: Int[Array, " r"], valid: Array) -> Any:
-            zeros = jnp.zeros(places.shape, middle.log_weights.dtype)
+            own = head.log_masses[jnp.clip(places, 0, head.count - 1)]
             places = jnp.where(valid, places, -1) if head.ragged else places
-            pairs = head.pairs(places, zeros)
+            pairs = head.pairs(places, own.astype(middle.log_weights.dtype))
             if isinstance(middle, SignedCoreset):
                 return SignedCoreset(*pairs, jnp.exp(pairs.log_weights))
             return pairs

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from coreset_jax import refit
@@ -16,10 +17,6 @@ from coreset_jax.combinators import chunk_count, chunked, keep_ends
 
 # Slots of a chunk whose weights and values are matched to the sample queries together.
 _MATCHED_TOGETHER = 2048
-
-# Of the pairs that are fitted together, so many are moved together: neighbors in a text are alike,
-# and the passes over the cache that moves take are those of a chunk.
-_MOVED_TOGETHER = 256
 
 
 class pivoted(Compressor):  # noqa: N801
@@ -77,18 +74,19 @@ class pivoted(Compressor):  # noqa: N801
 
 
 class _move_pivots(refit.move_keys):  # noqa: N801
-    """Pivots with their keys moved; the heavy ones, which have weight one, stay as they are."""
+    """Pivots with their keys moved; the heavy ones, with weights of their own, stay as they are."""
 
     last_fit: bool = True
 
     def fit_head(self, head: Head, coreset: Coreset, info: Info) -> tuple[Coreset, Info]:
+        own = head.log_masses[jnp.minimum(coreset.indices, head.count - 1)]
         return move_and_fit(
             head,
             coreset,
             info,
             self.kernel_radius,
             steps=self.newton_steps,
-            alone=coreset.log_weights == 0,
+            alone=coreset.log_weights == own,
             last_fit=self.last_fit,
         )
 
@@ -97,6 +95,7 @@ class _fitted_together(Compressor):  # noqa: N801
     """Pairs that are fitted together: pivots, moved a part at a time."""
 
     newton_steps: int = 3
+    moved_together: int = 256
     composite = True
 
     def fills(self, size: int) -> bool:
@@ -108,11 +107,11 @@ class _fitted_together(Compressor):  # noqa: N801
     def _stages(self, size: int) -> Compressor:
         steps = self.newton_steps
         selected: Compressor = pivoted()
-        if chunk_count(size, _MOVED_TOGETHER) == 1:
+        if chunk_count(size, self.moved_together) == 1:
             return _move_pivots(selected, newton_steps=steps)
         if steps:
             selected = _move_pivots(selected, newton_steps=steps, last_fit=False)
-        return _move_pivots(chunked(selected, chunk_size=_MOVED_TOGETHER), newton_steps=0)
+        return _move_pivots(chunked(selected, chunk_size=self.moved_together), newton_steps=0)
 
 
 class fitted(Compressor):  # noqa: N801
@@ -121,7 +120,7 @@ class fitted(Compressor):  # noqa: N801
     The sequence is cut into chunks, so that time is linear in the length; and neighbors in a text
     are alike, so that a fit of their own serves them better. The stages, each on chunks of its own:
 
-    1. of 256 slots: :class:`pivoted` selects keys, and Gauss-Newton steps move them;
+    1. of ``moved_together`` slots: :class:`pivoted` selects keys, and Gauss-Newton steps move them;
     2. of ``chunk_size`` slots: weights and values are fitted behind all keys of the chunk
        (:class:`coreset_jax.refit.move_keys` without steps);
     3. of 2048 slots, if there are sample queries: :class:`coreset_jax.refit.matching` corrects
@@ -140,6 +139,8 @@ class fitted(Compressor):  # noqa: N801
       scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
       newton_steps: steps of the keys.
       chunk_size: most pairs that are fitted together.
+      moved_together: most pairs whose keys are selected and moved together. Neighbors in a text are
+        alike, and the passes over the cache that moves take are those of a chunk.
       sinks: the first pairs that are kept; of few slots no more than an eighth.
       recent_fraction: the share of the slots that goes to the last pairs, at least 0 and below 1.
 
@@ -167,6 +168,7 @@ class fitted(Compressor):  # noqa: N801
     scale: ArrayLike | None = leaf(default=None)
     newton_steps: int = 3
     chunk_size: int = 512
+    moved_together: int = 256
     sinks: int = 4
     recent_fraction: float = 0.125
     keeps_pairs = False
@@ -176,6 +178,7 @@ class fitted(Compressor):  # noqa: N801
         """Raises ``ValueError`` on bad static options."""
         self.static_count("newton_steps", 0)
         self.static_count("chunk_size")
+        self.static_count("moved_together")
         self.static_count("sinks", 0)
         fraction = checks.static_part("recent_fraction", self.recent_fraction)
         object.__setattr__(self, "recent_fraction", fraction)
@@ -194,7 +197,9 @@ class fitted(Compressor):  # noqa: N801
         return self._stages(head.queries is not None).on_head(head, size)
 
     def _stages(self, matched: bool) -> Compressor:
-        stages: Compressor = _fitted_together(newton_steps=self.newton_steps)
+        stages: Compressor = _fitted_together(
+            newton_steps=self.newton_steps, moved_together=self.moved_together
+        )
         stages = chunked(stages, chunk_size=self.chunk_size)
         if matched:
             stages = chunked(refit.matching(stages), chunk_size=_MATCHED_TOGETHER)

@@ -300,9 +300,17 @@ def _prefill(
 
 
 @jax.jit
-def _append(cache: CoresetCache, keys: Array, values: Array, lengths: Array | None) -> CoresetCache:
+def _append(
+    cache: CoresetCache,
+    keys: Array,
+    values: Array,
+    lengths: Array | None,
+    queries: Array | None = None,
+) -> CoresetCache:
     counts = _counts(cache, keys, lengths)
     total = keys.shape[1]
+    if total > cache.config.block_size and cache.config.middle and cache.config.compressor is None:
+        return _append_many(cache, KVBlock(by_head(keys), by_head(values)), counts, queries)
     width = min(total, cache.config.block_size)
     pieces = -(-total // width)
     padding = ((0, 0), (0, 0), (0, pieces * width - total), (0, 0))
@@ -322,6 +330,40 @@ def _append(cache: CoresetCache, keys: Array, values: Array, lengths: Array | No
         return _write(cache, KVBlock(*pairs), inside)
 
     return piece(0, cache) if pieces == 1 else jax.lax.fori_loop(0, pieces, piece, cache)
+
+
+def _append_many(
+    cache: CoresetCache, new: KVBlock, counts: Array, queries: Array | None
+) -> CoresetCache:
+    """The cache after more than a block of pairs: the middle is fitted once for all that leave."""
+    config, count = cache.config, new.keys.shape[2]
+    spared = jnp.clip(config.sinks - cache.lengths, 0, counts)
+    numbers = kv_block.numbers(count)
+    to_sinks = numbers < spared[:, None]
+    sinks = kv_block.put(cache.sinks, new, cache.lengths[:, None] + numbers, to_sinks)
+    # Recent pairs and behind them the new ones, in one row without a gap.
+    numbers = kv_block.numbers(config.num_recent + count)
+    behind = jnp.clip(numbers - cache.filled[:, None] + spared[:, None], 0, count - 1)
+    held = jnp.minimum(numbers[0], config.num_recent - 1)
+    old = (numbers < cache.filled[:, None])[:, None, :, None]
+
+    def line(recent: Array, new: Array) -> Array:
+        first, second = recent[:, :, held], jnp.take_along_axis(new, behind[:, None, :, None], 2)
+        return jnp.where(old, first, second)
+
+    pairs = KVBlock(*(line(*each) for each in zip(cache.recent, new, strict=True)))
+    ends = cache.filled + counts - spared
+    leaving = jnp.maximum(ends - config.num_recent, 0)
+    first, block = cache.lengths - cache.filled + spared, KVBlock(*(e[:, :, :count] for e in pairs))
+    middle = middles.absorb(config, cache.rng, cache.middle, block, first, leaving, queries)
+    return dataclasses.replace(
+        cache,
+        sinks=sinks,
+        middle=middle,
+        recent=kv_block.cut(pairs, config.num_recent, leaving, ends),
+        filled=ends - leaving,
+        lengths=cache.lengths + counts,
+    )
 
 
 @jax.jit
@@ -362,7 +404,7 @@ def _extend(
     cache = jax.lax.cond(jnp.any(starts), started, lambda: cache)
     others = jnp.where(starts, 0, ends)
     return jax.lax.cond(
-        jnp.all(starts), lambda: cache, lambda: _append(cache, keys, values, others)
+        jnp.all(starts), lambda: cache, lambda: _append(cache, keys, values, others, asked)
     )
 
 

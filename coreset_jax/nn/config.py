@@ -10,7 +10,7 @@ from coreset_jax._src.stream.halvings import check_compressor
 from coreset_jax._src.stream.sketch import Settings
 
 # Options that attention modules take for their caches; the others follow from the module.
-MODULE_OPTIONS = ("size", "sinks", "window", "block_size", "landmarks", "query_norm", "compressor")
+MODULE_OPTIONS = ("size", "sinks", "window", "block_size", "query_norm", "compressor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +23,13 @@ class CacheConfig:
       window: newest pairs that are exact at any time.
       block_size: pairs that leave the window together, even; so many more than ``window`` may be
         exact. A decoding step does real work once in so many steps.
-      landmarks: keys that keep the error of the middle, see
-        :func:`coreset_jax.streaming.merge_and_reduce`.
       query_norm: largest norm of a query; ``None`` means ``sqrt(head_dim)``.
       scale: the softmax scale; ``None`` means ``1/sqrt(head_dim)``.
       compressor: compresses prompts, sample queries given, and halves blocks of what leaves the
         window, where there are none and of what it returns only the choice of pairs and their
         weights count. Options that are arrays are one number or one a key-value head. ``None``
-        means :class:`coreset_jax.fitted` for prompts, and balancing with feedback behind the
-        window.
+        means :class:`coreset_jax.fitted`, for prompts, and for the middle together with all that
+        joins it later, however it arrives.
       max_length: most tokens of one call; ``None`` for no limit.
 
     ``size == sinks + window + block_size`` leaves no room for a middle: older pairs are dropped.
@@ -45,7 +43,6 @@ class CacheConfig:
     sinks: int = 4
     window: int = 128
     block_size: int = 64
-    landmarks: int = 128
     query_norm: float | None = None
     scale: float | None = None
     compressor: Compressor | None = None
@@ -57,7 +54,6 @@ class CacheConfig:
         checks.check_count("sinks", self.sinks, 0)
         checks.check_count("window", self.window, 0)
         checks.check_count("block_size", self.block_size, 2)
-        checks.check_count("landmarks", self.landmarks)
         for name in ("query_norm", "scale"):
             number = checks.static_float(name, getattr(self, name))
             object.__setattr__(self, name, number)

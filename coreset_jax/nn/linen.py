@@ -52,7 +52,7 @@ class CoresetAttention(linen.Module):
       normalize_qk: whether queries and keys pass a layer norm each.
       num_kv_heads: key-value heads; ``None`` means ``num_heads``.
       rope_base: base of rotary positions; ``None`` for none.
-      size, sinks, window, block_size, landmarks, query_norm, compressor: the options of
+      size, sinks, window, block_size, query_norm, compressor: the options of
         :class:`coreset_jax.nn.CacheConfig`; ``size`` must be given.
       max_length: longest prompt; ``None`` means the length of the inputs of ``init``. A prompt
         that is longer is refused.
@@ -98,7 +98,6 @@ class CoresetAttention(linen.Module):
     sinks: int = CacheConfig.sinks
     window: int = CacheConfig.window
     block_size: int = CacheConfig.block_size
-    landmarks: int = CacheConfig.landmarks
     query_norm: float | None = None
     compressor: Compressor | None = None
     max_length: int | None = None

@@ -12,10 +12,17 @@ from coreset_jax._src.stream import summary as summaries
 from coreset_jax._src.stream.halvings import options_of_heads
 from coreset_jax._src.stream.sketch import Pairs
 from coreset_jax._src.stream.summary import Summary
+from coreset_jax.combinators import chunk_count
 from coreset_jax.fitting import fitted
 from coreset_jax.nn.config import CacheConfig
 from coreset_jax.nn.grouped import grouped
 from coreset_jax.nn.kv_block import KVBlock, numbers
+
+# A summary keeps its error for a walk with feedback, which nothing here is.
+_LANDMARKS = 1
+
+# Most pairs that are fitted together.
+_TOGETHER = 512
 
 
 def empty(
@@ -26,7 +33,7 @@ def empty(
     """A middle that has absorbed nothing, for pairs like these."""
 
     def one_head(key: Array, value: Array) -> Summary:
-        return summaries.empty(config.middle, config.landmarks, key, value)
+        return summaries.empty(config.middle, _LANDMARKS, key, value)
 
     return over_axes(one_head, 2)(key_like, value_like)
 
@@ -53,13 +60,11 @@ def compress(
         return blank
     pairs = KVBlock(*(array[:, :, config.sinks : stop] for array in prompt))
     kv_heads, length, width = pairs.keys.shape[1:]
-    settings = config.settings(width)
-    compressor = config.compressor
-    if compressor is None:
-        norm, scale = settings.query_norm, settings.scale
-        # The cache keeps both ends itself.
-        compressor = fitted(query_norm=norm, scale=scale, sinks=0, recent_fraction=0)
-    sample = None
+    if config.compressor is None:
+        inside = numbers(length) < counts[:, None]
+        positions = jnp.where(inside, config.sinks + numbers(length), -1)
+        return _fitted(config, rng, blank, pairs, positions, queries, fresh=True)
+    settings, compressor, sample = config.settings(width), config.compressor, None
     if queries is not None and compressor.reads_queries:
         sample = grouped(queries, kv_heads)
 
@@ -81,7 +86,7 @@ def compress(
         for array in jax.tree.leaves((head.keys, head.values, sample)):
             finite &= jnp.all(jnp.isfinite(array))
         coreset = coreset._replace(log_weights=jnp.where(finite, coreset.log_weights, jnp.nan))
-        slots = config.middle, config.landmarks
+        slots = config.middle, _LANDMARKS
         return summaries.of_coreset(head, count, coreset, config.sinks, *slots, settings)
 
     # Numbers are those of the kv heads: what a sequence is batched with must not matter.
@@ -103,6 +108,7 @@ def absorb(
     block: KVBlock,
     first: Int[Array, " batch"],
     counts: Int[Array, " batch"],
+    queries: Float[Array, "batch asked heads head_dim"] | None = None,
 ) -> Summary:
     """The middle after the first ``counts`` pairs of a block have joined it.
 
@@ -113,7 +119,12 @@ def absorb(
       block: the next pairs of each sequence.
       first: the place in the sequence of the first of them.
       counts: number of valid ones among them; 0 changes nothing.
+      queries: sample queries, or ``None``.
     """
+    if config.compressor is None:
+        inside = numbers(block.keys.shape[2]) < counts[:, None]
+        positions = jnp.where(inside, first[:, None] + numbers(block.keys.shape[2]), -1)
+        return _fitted(config, rng, middle, block, positions, queries)
     settings = config.settings(block.keys.shape[-1])
     kv_heads, width = block.keys.shape[1:3]
     zeros, dtype = jnp.zeros_like(middle.absorbed), middle.pairs.weights.dtype
@@ -142,6 +153,113 @@ def absorb(
         zeros + first[:, None],
         middle,
         Pairs(*block, inside.astype(dtype), positions),
+    )
+
+
+def _fitted(
+    config: CacheConfig,
+    rng: UInt32[Array, "batch words"],
+    middle: Summary,
+    block: KVBlock,
+    positions: Int[Array, "batch length"],
+    queries: Float[Array, "batch asked heads head_dim"] | None,
+    *,
+    fresh: bool = False,
+) -> Summary:
+    """The middle fitted anew to what it stands for and to more pairs.
+
+    Args:
+      config: the options.
+      rng: data of each sequence's random key; every head and place gets a fold of its own.
+      middle: the middle.
+      block: the next pairs of each sequence.
+      positions: their places in the sequence; -1 for what is none of them.
+      queries: sample queries, or ``None``.
+      fresh: whether the middle has absorbed nothing, static.
+    """
+    settings = config.settings(block.keys.shape[-1])
+    # The cache keeps both ends itself. Old pairs stand for many and new ones for one: only among
+    # pairs that are fitted together can slots go to those that need them.
+    compressor = fitted(
+        query_norm=settings.query_norm,
+        scale=settings.scale,
+        chunk_size=_TOGETHER,
+        moved_together=_TOGETHER,
+        sinks=0,
+        recent_fraction=0,
+    )
+    chunks = chunk_count(config.middle, _TOGETHER)
+    kv_heads = block.keys.shape[1]
+    sample = None if queries is None else grouped(queries, kv_heads)
+
+    def one_head(
+        words: Array,
+        number: Array,
+        summary: Summary,
+        block: KVBlock,
+        positions: Array,
+        sample: Array | None,
+    ) -> Summary:
+        pairs = Pairs(*block, (positions >= 0).astype(summary.pairs.weights.dtype), positions)
+        if not fresh:
+            pairs = jax.tree.map(lambda *each: jnp.concatenate(each), summary.pairs, pairs)
+            # In the order of the sequence, empty slots last.
+            last = jnp.iinfo(jnp.int32).max
+            order = jnp.argsort(jnp.where(pairs.weights == 0, last, pairs.positions))
+            if chunks > 1:
+                # Every chunk gets its share of old pairs and of new ones.
+                ranks = jnp.argsort(numbers(order.shape[0])[0] % chunks)
+                held = pairs.weights[order][ranks] != 0
+                order = order[ranks][jnp.argsort(~held)]
+            pairs = jax.tree.map(lambda each: each[order], pairs)
+        count = jnp.sum(pairs.weights != 0, dtype=jnp.int32)
+        # A head without pairs has one of zeros: padding may hold anything.
+        inside = (jnp.arange(pairs.weights.shape[0]) < count)[:, None]
+        keys, values = (jnp.where(inside, each, jnp.zeros_like(each)) for each in pairs[:2])
+        head = Head.prepare(
+            _key(words, positions[0]),
+            number,
+            keys,
+            values,
+            jnp.maximum(count, 1),
+            sample,
+            log_weights=log(pairs.weights),
+            ragged=True,
+            **compressor.query_ball._asdict(),
+        )
+        coreset, _ = compressor.on_head(head, config.middle)
+        sound = jnp.ones((), bool)
+        for array in jax.tree.leaves((keys, values, sample)):
+            sound &= jnp.all(jnp.isfinite(array))
+        empty = (coreset.indices < 0) | (count == 0)
+        weights = jnp.where(empty, 0, jnp.exp(coreset.log_weights).astype(pairs.weights.dtype))
+        # Fits keep the mass nearly. A sequence sees many of them, and "nearly" adds up.
+        weights *= jnp.sum(pairs.weights) / jnp.sum(weights)
+        held = Pairs(
+            coreset.keys,
+            coreset.values,
+            weights,
+            jnp.where(empty, -1, pairs.positions[jnp.maximum(coreset.indices, 0)]),
+        )
+        room = config.middle - held.weights.shape[0]
+        held = jax.tree.map(
+            lambda each: jnp.pad(each, [(0, room)] + [(0, 0)] * (each.ndim - 1)), held
+        )
+        new = jnp.sum(positions >= 0, dtype=jnp.int32)
+        # What was not finite is never forgotten: a sum of keys is where summaries look for it.
+        ledger = summary.ledger
+        ledger = ledger._replace(key_sum=jnp.where(sound, ledger.key_sum, jnp.nan))
+        fit = summary._replace(pairs=held, ledger=ledger, absorbed=summary.absorbed + new)
+        return jax.tree.map(lambda new_leaf, old: jnp.where(new > 0, new_leaf, old), fit, summary)
+
+    zeros = jnp.zeros_like(middle.absorbed)
+    return over_axes(one_head, 2)(
+        _words(rng, zeros),
+        zeros + numbers(kv_heads),
+        middle,
+        block,
+        zeros[..., None] + positions[:, None],
+        sample,
     )
 
 

@@ -32,7 +32,7 @@ class CoresetAttention(nnx.MultiHeadAttention):
       rope_base: base of rotary positions; ``None`` for none.
       rngs: an nnx random stream.
       **options: ``size``, which must be given, and ``sinks``, ``window``, ``block_size``,
-        ``landmarks``, ``query_norm`` and ``compressor`` of :class:`coreset_jax.nn.CacheConfig`;
+        ``query_norm`` and ``compressor`` of :class:`coreset_jax.nn.CacheConfig`;
         and further options of ``nnx.MultiHeadAttention``.
 
     Raises:

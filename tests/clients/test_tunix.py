@@ -19,7 +19,7 @@ from tests.clients import tiny
 
 # Room for everything that these tests read, so that nothing is compressed.
 ROOMY = {"size": 132, "sinks": 4, "window": 64, "block_size": 64}
-SMALL = {"size": 64, "sinks": 4, "window": 16, "block_size": 16, "landmarks": 16}
+SMALL = {"size": 64, "sinks": 4, "window": 16, "block_size": 16}
 WINDOW_ONLY = {"size": 36, "sinks": 4, "window": 16, "block_size": 16}
 GLOBAL_LAYER = {"qwen3": 1, "llama3": 1, "gemma3": 5}
 BATCH = 2

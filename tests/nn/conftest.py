@@ -12,7 +12,7 @@ from tests.stream import compressors
 
 # Tests share programs: they read one token at a time, or 150 of which fewer are valid.
 BATCH, LENGTH, HEADS, KV_HEADS, WIDTH, VALUE_WIDTH = 4, 150, 4, 2, 8, 6
-CONFIG = CacheConfig(size=64, sinks=4, window=12, block_size=8, landmarks=8)
+CONFIG = CacheConfig(size=64, sinks=4, window=12, block_size=8)
 
 # Prompts as subsets, with an option of each head.
 SUBSETS = CONFIG.replace(compressor=compressors.sampled(skew=jnp.array([1e-6, 1e3])))

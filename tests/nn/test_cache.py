@@ -116,7 +116,7 @@ def check_held(cache, sequences, weights):
 @pytest.mark.slow
 def test_held_pairs_are_those_of_the_sequence(sequences, empty_cache, subsets, weights):
     nothing, some, ragged = np.zeros(4, int), np.array([0, 3, 57, 90]), np.array([17, 1, 5, 12])
-    single = empty_cache(), nothing, 1, np.ones(4, int)
+    single = empty_cache(subsets), nothing, 1, np.ones(4, int)
     prompted = empty_cache(subsets).prefill(*sequences[1:], some), some, 150, ragged
     for cache, lengths, width, counts in (single, prompted):
         check_held(cache, sequences, weights)

@@ -217,7 +217,6 @@ def test_equal_options_share_their_programs(config):
         ({"block_size": 0}, "block_size"),
         ({"sinks": -1}, "sinks"),
         ({"window": 1.5}, "window"),
-        ({"landmarks": 0}, "landmarks"),
         ({"query_norm": -1.0}, "query_norm"),
         ({"scale": np.nan}, "scale"),
         ({"compressor": "uniform"}, "compressor must be a Compressor"),

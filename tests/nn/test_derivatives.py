@@ -11,7 +11,7 @@ from coreset_jax.nn import linen as coreset_linen
 from coreset_jax.nn.nnx import CoresetAttention
 from tests.nn.conftest import CONFIG, SUBSETS
 
-OPTIONS = {"size": 64, "sinks": 4, "window": 12, "block_size": 8, "landmarks": 8}
+OPTIONS = {"size": 64, "sinks": 4, "window": 12, "block_size": 8}
 
 
 def passes(config, sequences, prompt, steps, weights):

@@ -18,7 +18,7 @@ def through_bytes(cache, *arguments):
 
 @pytest.mark.parametrize("middle", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_steps_take_and_return_caches(sequences, empty_cache, config, middle):
-    config = config.replace(scale=0.3, max_length=np.int64(9), landmarks=np.int32(5))
+    config = config.replace(scale=0.3, max_length=np.int64(9))
     config = config if middle else config.replace(size=24)
     token = sequences.cut(0, 1)
     outputs, cache = through_bytes(empty_cache(config), *token)

@@ -157,7 +157,7 @@ def test_many_steps_keep_shapes_and_lengths(inputs):
 
 
 def test_takes_the_options_of_a_cache(inputs):
-    options = {**CACHE, "landmarks": 3, "query_norm": 2.0, "compressor": compressors.sampled()}
+    options = {**CACHE, "query_norm": 2.0, "compressor": compressors.sampled()}
     module = CoresetAttention(HEADS, decode=True, **options)
     shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)
     assert shapes["cache"]["coreset"].config == CacheConfig(max_length=LENGTH, **options)

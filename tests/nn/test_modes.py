@@ -28,7 +28,7 @@ MODES = {
     "double precision": lambda: jax.enable_x64(True),
     "no leaks": jax.checking_leaks,
 }
-MODULE = {"size": 40, "sinks": 4, "window": 12, "block_size": 8, "landmarks": 8}
+MODULE = {"size": 40, "sinks": 4, "window": 12, "block_size": 8}
 MODULE |= {"num_kv_heads": 2, "rope_base": 100.0}
 
 

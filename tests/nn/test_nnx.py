@@ -179,7 +179,7 @@ def test_equal_modules_have_equal_graphs_and_share_a_trace(inputs):
 
 
 def test_takes_the_options_of_a_cache():
-    options = {**CACHE, "landmarks": 3, "query_norm": 2.0, "compressor": compressors.sampled()}
+    options = {**CACHE, "query_norm": 2.0, "compressor": compressors.sampled()}
     module = CoresetAttention(HEADS, FEATURES, HEADS * 8, rngs=nnx.Rngs(0), **options)
     assert module.cache_config == CacheConfig(**options)
     assert module.qkv_features == HEADS * 8

@@ -14,7 +14,18 @@ from coreset_jax._src.core.coreset import Coreset, gather, whole_cache
 from coreset_jax._src.geometry.standardize import Standardization, largest_norm, standardize
 from coreset_jax._src.precision import accumulation_dtype
 
-_ARRAYS = ("rng", "number", "keys", "values", "length", "queries", "scores", "query_norm", "scale")
+_ARRAYS = (
+    "rng",
+    "number",
+    "keys",
+    "values",
+    "length",
+    "queries",
+    "scores",
+    "query_norm",
+    "scale",
+    "log_weights",
+)
 _STATIC = ("ragged", "measured")
 
 
@@ -33,6 +44,8 @@ class Head:
         those of padding are not looked at.
       query_norm: largest norm of a raw query.
       scale: the softmax scale.
+      log_weights: logarithms of how many pairs each stands for already ``[n]``; ``None`` means one.
+        Those of padding are not looked at. Pivots and fits know of them, other stages do not.
       ragged: whether some of the pairs may be padding, static.
       measured: whether somebody wants to know the errors of fits, static: some take long.
     """
@@ -46,6 +59,7 @@ class Head:
     scores: Float[Array, " n"] | None
     query_norm: Float[Array, ""]
     scale: Float[Array, ""]
+    log_weights: Float[Array, " n"] | None
     ragged: bool
     measured: bool = False
 
@@ -60,6 +74,7 @@ class Head:
         queries: Float[Array, "q d"] | None,
         scores: Float[Array, " n"] | None = None,
         *,
+        log_weights: Float[Array, " n"] | None = None,
         ragged: bool,
         measured: bool = False,
         rho: Float[Array, ""] | None = None,
@@ -82,15 +97,15 @@ class Head:
             lengths = length if ragged else None
             query_norm = standardize(keys, values, rho=rho, scale=scale, lengths=lengths).query_norm
         norm = zero + (largest_norm(queries, keys.shape[-1]) if query_norm is None else query_norm)
-        return cls(
-            rng, number, keys, values, length, queries, scores, norm, scale, ragged, measured
-        )
+        pairs = keys, values, length, queries, scores
+        return cls(rng, number, *pairs, norm, scale, log_weights, ragged, measured)
 
     def part(self, **changes: Any) -> "Head":
         """A part of this head as a head of its own: its own units, and the same raw queries.
 
         Args:
-          **changes: its ``number``, ``keys``, ``values``, ``scores``, ``length`` and ``ragged``.
+          **changes: its ``number``, ``keys``, ``values``, ``scores``, ``log_weights``, ``length``
+            and ``ragged``.
         """
         part = dataclasses.replace(self, **changes)
         inside = part.inside[:, None]
@@ -109,7 +124,16 @@ class Head:
             query_norm=self.query_norm,
             scale=self.scale,
             lengths=self.length if self.ragged else None,
+            log_weights=self.log_weights,
         )
+
+    @property
+    def log_masses(self) -> Float[Array, " n"]:
+        """Logarithms of how many pairs each stands for; minus infinity for padding."""
+        masses = jnp.zeros_like(self.keys[:, 0], self.dtype)
+        if self.log_weights is not None:
+            masses = masses + self.log_weights.astype(self.dtype)
+        return jnp.where(self.inside, masses, -jnp.inf)
 
     @property
     def key(self) -> Array:
@@ -170,8 +194,11 @@ class Head:
         return gather(self.keys, self.values, indices, weights)
 
     def whole(self) -> Coreset:
-        """All pairs with weight one."""
-        return whole_cache(self.keys, self.values, self.length if self.ragged else None)
+        """All pairs, each with the weight that it has."""
+        coreset = whole_cache(self.keys, self.values, self.length if self.ragged else None)
+        if self.log_weights is None:
+            return coreset
+        return coreset._replace(log_weights=self.log_masses.astype(coreset.log_weights.dtype))
 
 
 def _rebuilt(statics: tuple[Any, ...], arrays: Iterable[Any]) -> Head:

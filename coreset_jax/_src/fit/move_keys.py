@@ -75,7 +75,8 @@ def _problem(
     still = (places < head.count) & alone
     free = held & ~still
     fitted = head.inside.at[jnp.where(still, places, head.count)].set(False, mode="drop")
-    coefficients = jnp.where(fitted[:, None], geometry.coefficients(head.values), 0)
+    masses = jnp.exp(jnp.where(fitted, head.log_masses, -jnp.inf))
+    coefficients = masses[:, None] * geometry.coefficients(head.values)
     centers = jnp.where(free[:, None], geometry.scaled(coreset.keys), 0)
     log_masses = coreset.log_weights.astype(head.dtype) + geometry.log_lift(centers)
     masses = jnp.exp(jnp.where(free, log_masses, -jnp.inf))
@@ -143,7 +144,8 @@ def move_and_fit(
     divisors = jnp.where(free, masses, 1)
     values = geometry.restore_values(last.coefficients[:, :-1] / divisors[:, None])
     values = values.astype(coreset.values.dtype)
-    log_weights = jnp.where(free, jnp.log(divisors) - log_lifts, 0)
+    rows = jnp.minimum(problem.places, head.count - 1)
+    log_weights = jnp.where(free, jnp.log(divisors) - log_lifts, head.log_masses[rows])
 
     assert before is not None
     # What is judged is what is returned, rounded.
@@ -162,7 +164,6 @@ def move_and_fit(
         }
     if alone is None:
         # A compressor may have kept a heavy pair with another key or value.
-        rows = jnp.minimum(problem.places, head.count - 1)
         coreset = coreset._replace(
             keys=jnp.where(stay[:, None], head.keys[rows], coreset.keys),
             values=jnp.where(stay[:, None], head.values[rows], coreset.values),

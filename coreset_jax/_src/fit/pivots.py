@@ -310,7 +310,7 @@ def first_places(
 def select_pivots(
     head: Head, size: int, kernel_radius: Float[Array, ""] | None
 ) -> tuple[Coreset, Info]:
-    """The heavy pairs of a head, with weight one, and pivots among the others, all of one weight.
+    """The heavy pairs of a head, as they are, and pivots among the others, all of one weight.
 
     Args:
       head: the head.
@@ -320,7 +320,11 @@ def select_pivots(
     count, dtype = head.count, head.dtype
     geometry = fitting_geometry(head.standardization, kernel_radius)
     importance = log_importance(geometry, head.keys, head.values, head.inside)
-    heavy = alone_in_head(head, importance, size)
+    still = heavy = alone_in_head(head, importance, size)
+    if head.log_weights is not None:
+        # What stands for many pairs is kept, but not as it is: it may stand for more of them.
+        importance = importance + jnp.where(head.inside, head.log_masses, 0)
+        heavy = alone_in_head(head, importance, size)
     light = jnp.where(heavy, -jnp.inf, importance)
 
     def kernel_of(places: Array) -> tuple[KernelRows, Array]:
@@ -343,9 +347,14 @@ def select_pivots(
     # What asks nothing, or beyond all numbers, has no geometry to pick in.
     sound = jnp.isfinite(geometry.radius) & (geometry.radius > 0)
     others = jnp.minimum(size, head.length) - jnp.sum(heavy)
-    weight = jnp.log((head.length - jnp.sum(heavy)) / jnp.maximum(others, 1)).astype(dtype)
-    alone = heavy[jnp.minimum(indices, count - 1)]
-    log_weights = jnp.where(alone, 0, jnp.where(sound, weight, jnp.nan))
+    masses = head.log_masses
+    shared = jnp.sum(jnp.exp(jnp.where(heavy, -jnp.inf, masses)))
+    weight = jnp.log(shared / jnp.maximum(others, 1).astype(dtype))
+    rows = jnp.minimum(indices, count - 1)
+    common = jnp.where(sound, weight, jnp.nan)
+    # Of few pairs, all are kept, and stand for what they stood for.
+    own = (heavy & still)[rows] | (sound & (head.length <= size))
+    log_weights = jnp.where(own, masses[rows], common)
     info = Info(
         kernel_radius=geometry.radius / jnp.square(geometry.reach),
         heavy=jnp.sum(heavy, dtype=jnp.int32),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 from coreset_jax._src.attention import PartialAttention, merge, partial_attention
@@ -75,12 +76,12 @@ def sampled_attention(head: Head) -> tuple[Float[Array, "q d"], PartialAttention
     def add(
         state: PartialAttention, block: tuple[Array, Array, Array]
     ) -> tuple[PartialAttention, None]:
-        keys, values, inside = block
+        keys, values, log_masses = block
         more = partial_attention(
             unit,
             standardization.unit_keys(keys),
             standardization.unit_values(values),
-            jnp.where(inside, 0, -jnp.inf).astype(dtype),
+            log_masses,
             scale=1.0,
         )
         return merge(state, more), None
@@ -90,16 +91,16 @@ def sampled_attention(head: Head) -> tuple[Float[Array, "q d"], PartialAttention
     nothing = PartialAttention(
         zeros - jnp.inf, zeros, zeros[:, None] + jnp.zeros_like(head.values[:1], dtype)
     )
-    source = pairs_in_blocks(head, unit.shape[0], head.inside)
+    source = pairs_in_blocks(head, unit.shape[0], head.log_masses, -jnp.inf)
     return unit, jax.lax.scan(add, nothing, source)[0]
 
 
 def pairs_in_blocks(
-    head: Head, samples: int, marks: Bool[Array, " n"]
-) -> tuple[Shaped[Array, "blocks b d"], Shaped[Array, "blocks b dv"], Bool[Array, "blocks b"]]:
+    head: Head, samples: int, marks: Shaped[Array, " n"], no_mark: ArrayLike
+) -> tuple[Shaped[Array, "blocks b d"], Shaped[Array, "blocks b dv"], Shaped[Array, "blocks b"]]:
     """Keys, values and a mark of each pair, in blocks whose scores by all samples can be held.
 
-    Behind the last pair there are zeros, and no marks.
+    Behind the last pair there are zeros, and the mark for none.
     """
     width = min(head.count, max(_SCORES // samples, 1))
     blocks = -(-head.count // width)
@@ -107,7 +108,7 @@ def pairs_in_blocks(
     return (
         jnp.pad(head.keys, ((0, rest), (0, 0))).reshape(blocks, width, -1),
         jnp.pad(head.values, ((0, rest), (0, 0))).reshape(blocks, width, -1),
-        jnp.pad(marks, (0, rest)).reshape(blocks, width),
+        jnp.pad(marks, (0, rest), constant_values=no_mark).reshape(blocks, width),
     )
 
 

@@ -77,7 +77,7 @@ def _rest_of(head: Head, rest: Bool[Array, " n"]) -> _Rest:
         )
 
     start = jnp.zeros_like(_columns(head, head.values[:1])) + zeros[:, None]
-    missing, squares = jax.lax.scan(add, start, pairs_in_blocks(head, unit.shape[0], rest))
+    missing, squares = jax.lax.scan(add, start, pairs_in_blocks(head, unit.shape[0], rest, False))
     log_norms = jnp.log(squares.reshape(-1)[: head.count]) / 2
     return seen._replace(missing=missing, log_norms=log_norms)
 
