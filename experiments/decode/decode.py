@@ -13,7 +13,7 @@ Held-out files are read up to a prompt's end; the cache of every layer and head 
 
 All methods have caches of the same size: sinks and the newest pairs exactly, and in between what
 the method keeps; `window` has no more than sinks and newest pairs. `fitted` is the cache's
-default: fitted prompts, and behind them halvings with feedback. A fourth table has
+default: a fit of the prompt, and of what joins the middle behind it. A fourth table has
 bytes and speed. In ``<output>`` are ``decode.jsonl``, a line for every finished cell, with which an
 interrupted run goes on, and ``decode.png``.
 """
