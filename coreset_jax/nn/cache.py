@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from coreset_jax._src.stream.halvings import check_heads
 from coreset_jax._src.stream.summary import Summary
-from coreset_jax.nn import checks, kv_block
+from coreset_jax.nn import checks, joining, kv_block
 from coreset_jax.nn import middle as middles
 from coreset_jax.nn.config import CacheConfig
 from coreset_jax.nn.grouped import Part, attend, by_head
@@ -310,7 +310,7 @@ def _append(
     counts = _counts(cache, keys, lengths)
     total = keys.shape[1]
     if total > cache.config.block_size and cache.config.middle and cache.config.compressor is None:
-        return _append_many(cache, KVBlock(by_head(keys), by_head(values)), counts, queries)
+        return joining.append_many(cache, KVBlock(by_head(keys), by_head(values)), counts, queries)
     width = min(total, cache.config.block_size)
     pieces = -(-total // width)
     padding = ((0, 0), (0, 0), (0, pieces * width - total), (0, 0))
@@ -324,46 +324,12 @@ def _append(
         # A row that was emptied by its length alone holds what must not be appended to.
         left = ~_outgrown(cache) & ((cache.filled > 0) | jnp.any(cache.middle.absorbed > 0, axis=1))
         cache = jax.lax.cond(
-            jnp.any(full | left), lambda: _flush(_reset(cache, left), full), lambda: cache
+            jnp.any(full | left), lambda: joining.flush(_reset(cache, left), full), lambda: cache
         )
         pairs = (jax.lax.dynamic_slice_in_dim(array, start, width, 2) for array in new)
-        return _write(cache, KVBlock(*pairs), inside)
+        return joining.write(cache, KVBlock(*pairs), inside)
 
     return piece(0, cache) if pieces == 1 else jax.lax.fori_loop(0, pieces, piece, cache)
-
-
-def _append_many(
-    cache: CoresetCache, new: KVBlock, counts: Array, queries: Array | None
-) -> CoresetCache:
-    """The cache after more than a block of pairs: the middle is fitted once for all that leave."""
-    config, count = cache.config, new.keys.shape[2]
-    spared = jnp.clip(config.sinks - cache.lengths, 0, counts)
-    numbers = kv_block.numbers(count)
-    to_sinks = numbers < spared[:, None]
-    sinks = kv_block.put(cache.sinks, new, cache.lengths[:, None] + numbers, to_sinks)
-    # Recent pairs and behind them the new ones, in one row without a gap.
-    numbers = kv_block.numbers(config.num_recent + count)
-    behind = jnp.clip(numbers - cache.filled[:, None] + spared[:, None], 0, count - 1)
-    held = jnp.minimum(numbers[0], config.num_recent - 1)
-    old = (numbers < cache.filled[:, None])[:, None, :, None]
-
-    def line(recent: Array, new: Array) -> Array:
-        first, second = recent[:, :, held], jnp.take_along_axis(new, behind[:, None, :, None], 2)
-        return jnp.where(old, first, second)
-
-    pairs = KVBlock(*(line(*each) for each in zip(cache.recent, new, strict=True)))
-    ends = cache.filled + counts - spared
-    leaving = jnp.maximum(ends - config.num_recent, 0)
-    first, block = cache.lengths - cache.filled + spared, KVBlock(*(e[:, :, :count] for e in pairs))
-    middle = middles.absorb(config, cache.rng, cache.middle, block, first, leaving, queries)
-    return dataclasses.replace(
-        cache,
-        sinks=sinks,
-        middle=middle,
-        recent=kv_block.cut(pairs, config.num_recent, leaving, ends),
-        filled=ends - leaving,
-        lengths=cache.lengths + counts,
-    )
 
 
 @jax.jit
@@ -425,40 +391,6 @@ def _held(cache: CoresetCache) -> list[Part]:
     if cache.config.sinks:
         parts.append(exact(cache.sinks, cache.lengths))
     return parts
-
-
-def _flush(cache: CoresetCache, full: Array) -> CoresetCache:
-    """The oldest block of recent pairs joins the middle, in the sequences that are ``full``."""
-    width = cache.config.block_size
-    leaving = jnp.where(full, jnp.minimum(cache.filled, width), 0)
-    middle = cache.middle
-    if cache.config.middle:
-        block = KVBlock(*(array[:, :, :width] for array in cache.recent))
-        first = cache.lengths - cache.filled
-        middle = middles.absorb(cache.config, cache.rng, middle, block, first, leaving)
-    return dataclasses.replace(
-        cache,
-        middle=middle,
-        recent=kv_block.shift(cache.recent, leaving),
-        filled=cache.filled - leaving,
-    )
-
-
-def _write(cache: CoresetCache, pairs: KVBlock, counts: Array) -> CoresetCache:
-    """Puts the first ``counts`` of some pairs where they belong; there is room."""
-    numbers = kv_block.numbers(pairs.keys.shape[2])
-    places = cache.lengths[:, None] + numbers
-    inside = numbers < counts[:, None]
-    to_sinks = inside & (places < cache.config.sinks)
-    spared = jnp.sum(to_sinks, axis=1, dtype=jnp.int32)
-    slots = (cache.filled - spared)[:, None] + numbers
-    return dataclasses.replace(
-        cache,
-        sinks=kv_block.put(cache.sinks, pairs, places, to_sinks),
-        recent=kv_block.put(cache.recent, pairs, slots, inside & ~to_sinks),
-        filled=cache.filled + counts - spared,
-        lengths=cache.lengths + counts,
-    )
 
 
 def _outgrown(cache: CoresetCache) -> Bool[Array, " batch"]:

@@ -73,3 +73,30 @@ def put(
     places = jnp.where(chosen, places, slots)
     write = jax.vmap(lambda old, new, at: old.at[:, at].set(new, mode="drop"))
     return KVBlock(*(write(old, new, places) for old, new in zip(block, pairs, strict=True)))
+
+
+def joined(
+    first: KVBlock,
+    counts: Int[Array, " batch"],
+    second: KVBlock,
+    starts: Int[Array, " batch"],
+) -> KVBlock:
+    """The first ``counts`` pairs of one block, and behind them without a gap those of another.
+
+    Args:
+      first: a block.
+      counts: how many of its pairs are valid.
+      second: the block that follows.
+      starts: from where on it counts.
+    """
+    slots, more = first.keys.shape[2], second.keys.shape[2]
+    places = numbers(slots + more)
+    before = jnp.minimum(places, slots - 1)[:, None, :, None]
+    behind = jnp.clip(places - counts[:, None] + starts[:, None], 0, more - 1)[:, None, :, None]
+    old = (places < counts[:, None])[:, None, :, None]
+
+    def join(one: Array, other: Array) -> Array:
+        left, right = (jnp.take_along_axis(a, at, 2) for a, at in ((one, before), (other, behind)))
+        return jnp.where(old, left, right)
+
+    return KVBlock(*(join(*each) for each in zip(first, second, strict=True)))

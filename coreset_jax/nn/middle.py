@@ -24,6 +24,9 @@ _LANDMARKS = 1
 # Most pairs that are fitted together.
 _TOGETHER = 512
 
+# Steps of the keys. What joins in decoding is little beside what is there, which has had its steps.
+_STEPS, _STEPS_OF_A_BLOCK = 3, 1
+
 
 def empty(
     config: CacheConfig,
@@ -185,6 +188,7 @@ def _fitted(
         scale=settings.scale,
         chunk_size=_TOGETHER,
         moved_together=_TOGETHER,
+        newton_steps=_STEPS if block.keys.shape[2] > config.block_size else _STEPS_OF_A_BLOCK,
         sinks=0,
         recent_fraction=0,
     )
@@ -279,6 +283,6 @@ def _words(rng: UInt32[Array, "batch words"], like: Array) -> UInt32[Array, "bat
     return jnp.zeros_like(like, jnp.uint32)[..., None] + rng[:, None]
 
 
-def _key(words: UInt32[Array, " words"], purpose: int) -> Array:
+def _key(words: UInt32[Array, " words"], purpose: Array | int) -> Array:
     key = jax.random.wrap_key_data(words, impl="threefry2x32")
     return jax.random.fold_in(key, purpose)
