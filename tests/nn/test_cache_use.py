@@ -129,9 +129,9 @@ def test_a_batch_may_be_sharded(sequences, empty_cache):
 
 
 @pytest.mark.slow
-def test_half_precision_is_kept(sequences, empty_cache):
+def test_half_precision_is_kept(sequences, empty_cache, subsets):
     halves = type(sequences)(*(jnp.asarray(array, jnp.bfloat16) for array in sequences))
-    empty = empty_cache(like=halves)
+    empty = empty_cache(subsets, like=halves)
     outputs, cache = decode(empty, halves, 100)
     assert outputs.dtype == jnp.bfloat16
     expected = halves.cut(0, 56).causal()
