@@ -310,6 +310,7 @@ def _append(
     counts = _counts(cache, keys, lengths)
     total = keys.shape[1]
     if total > cache.config.block_size and cache.config.middle and cache.config.compressor is None:
+        cache = _reset(cache, _left(cache))
         return joining.append_many(cache, KVBlock(by_head(keys), by_head(values)), counts, queries)
     width = min(total, cache.config.block_size)
     pieces = -(-total // width)
@@ -321,8 +322,7 @@ def _append(
         inside = jnp.clip(counts - start, 0, width)
         # A batch decodes in step: as a rule all sequences are full at once, and most steps none.
         full = _filled(cache) + inside > cache.config.num_recent
-        # A row that was emptied by its length alone holds what must not be appended to.
-        left = ~_outgrown(cache) & ((cache.filled > 0) | jnp.any(cache.middle.absorbed > 0, axis=1))
+        left = _left(cache)
         cache = jax.lax.cond(
             jnp.any(full | left), lambda: joining.flush(_reset(cache, left), full), lambda: cache
         )
@@ -396,6 +396,11 @@ def _held(cache: CoresetCache) -> list[Part]:
 def _outgrown(cache: CoresetCache) -> Bool[Array, " batch"]:
     """Whether sequences are longer than their sinks; others hold nothing else."""
     return cache.lengths > cache.config.sinks
+
+
+def _left(cache: CoresetCache) -> Bool[Array, " batch"]:
+    """Which rows were emptied by their length alone, and hold what must not be appended to."""
+    return ~_outgrown(cache) & ((cache.filled > 0) | jnp.any(cache.middle.absorbed > 0, axis=1))
 
 
 def _filled(cache: CoresetCache) -> Int[Array, " batch"]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from coreset_jax._src.core.compressor import Compressor
+from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.turns import over_axes
 from coreset_jax._src.precision import log
@@ -62,46 +63,9 @@ def compress(
     if config.middle == 0 or stop <= config.sinks:
         return blank
     pairs = KVBlock(*(array[:, :, config.sinks : stop] for array in prompt))
-    kv_heads, length, width = pairs.keys.shape[1:]
-    if config.compressor is None:
-        inside = numbers(length) < counts[:, None]
-        positions = jnp.where(inside, config.sinks + numbers(length), -1)
-        return _fitted(config, rng, blank, pairs, positions, queries, fresh=True)
-    settings, compressor, sample = config.settings(width), config.compressor, None
-    if queries is not None and compressor.reads_queries:
-        sample = grouped(queries, kv_heads)
-
-    def one_head(
-        compressor: Compressor,
-        words: Array,
-        number: Array,
-        pairs: KVBlock,
-        count: Array,
-        sample: Array | None,
-    ) -> Summary:
-        # A head without pairs has one of zeros: padding may hold anything.
-        inside = (jnp.arange(length) < count)[:, None]
-        pairs = KVBlock(*(jnp.where(inside, array, jnp.zeros_like(array)) for array in pairs))
-        ball, valid = compressor.query_ball._asdict(), jnp.maximum(count, 1)
-        head = Head.prepare(_key(words, 0), number, *pairs, valid, sample, ragged=True, **ball)
-        coreset, _ = compressor.on_head(head, config.middle)
-        finite = jnp.ones((), bool)
-        for array in jax.tree.leaves((head.keys, head.values, sample)):
-            finite &= jnp.all(jnp.isfinite(array))
-        coreset = coreset._replace(log_weights=jnp.where(finite, coreset.log_weights, jnp.nan))
-        slots = config.middle, _LANDMARKS
-        return summaries.of_coreset(head, count, coreset, config.sinks, *slots, settings)
-
-    # Numbers are those of the kv heads: what a sequence is batched with must not matter.
-    zeros = jnp.zeros_like(blank.absorbed)
-    return over_axes(one_head, 2)(
-        options_of_heads(compressor, blank.ledger.key_radius),
-        _words(rng, zeros),
-        zeros + numbers(kv_heads),
-        pairs,
-        zeros + counts[:, None],
-        sample,
-    )
+    places = numbers(pairs.keys.shape[2])
+    positions = jnp.where(places < counts[:, None], config.sinks + places, -1)
+    return _anew(config, rng, blank, pairs, positions, queries, fresh=True)
 
 
 def absorb(
@@ -122,18 +86,15 @@ def absorb(
       block: the next pairs of each sequence.
       first: the place in the sequence of the first of them.
       counts: number of valid ones among them; 0 changes nothing.
-      queries: sample queries, or ``None``.
+      queries: sample queries for fits, or ``None``.
     """
+    places = numbers(block.keys.shape[2])
+    positions = jnp.where(places < counts[:, None], first[:, None] + places, -1)
     if config.compressor is None:
-        inside = numbers(block.keys.shape[2]) < counts[:, None]
-        positions = jnp.where(inside, first[:, None] + numbers(block.keys.shape[2]), -1)
-        return _fitted(config, rng, middle, block, positions, queries)
+        return _anew(config, rng, middle, block, positions, queries)
     settings = config.settings(block.keys.shape[-1])
-    kv_heads, width = block.keys.shape[1:3]
     zeros, dtype = jnp.zeros_like(middle.absorbed), middle.pairs.weights.dtype
-    places = numbers(width)[None]
-    inside = places < (zeros + counts[:, None])[..., None]
-    positions = jnp.where(inside, first[:, None, None] + places, -1)
+    positions = zeros[..., None] + positions[:, None]
 
     def one_head(
         compressor: Compressor | None,
@@ -152,14 +113,46 @@ def absorb(
     return over_axes(one_head, 2)(
         options_of_heads(config.compressor, middle.ledger.key_radius),
         _words(rng, zeros),
-        zeros + numbers(kv_heads),
+        zeros + numbers(zeros.shape[1]),
         zeros + first[:, None],
         middle,
-        Pairs(*block, inside.astype(dtype), positions),
+        Pairs(*block, (positions >= 0).astype(dtype), positions),
     )
 
 
-def _fitted(
+def _compressor(config: CacheConfig, width: int, steps: int) -> Compressor:
+    """What compresses: what was asked for, or fits between the ends, which the cache keeps."""
+    if config.compressor is not None:
+        return config.compressor
+    settings = config.settings(width)
+    # Old pairs stand for many and new ones for one: only among pairs that are fitted together can
+    # slots go to those that need them.
+    return fitted(
+        query_norm=settings.query_norm,
+        scale=settings.scale,
+        chunk_size=_TOGETHER,
+        moved_together=_TOGETHER,
+        newton_steps=steps,
+        sinks=0,
+        recent_fraction=0,
+    )
+
+
+def _in_order(pairs: Pairs, chunks: int) -> Pairs:
+    """Pairs in the order of the sequence, empty slots last; every chunk with its share of old ones.
+
+    A chunk is every so many-th pair: cut by place, old pairs would get as many slots as new ones
+    that stand for far less.
+    """
+    last = jnp.iinfo(jnp.int32).max
+    order = jnp.argsort(jnp.where(pairs.weights == 0, last, pairs.positions))
+    if chunks > 1:
+        order = order[jnp.argsort(numbers(order.shape[0])[0] % chunks)]
+        order = order[jnp.argsort(pairs.weights[order] == 0)]
+    return jax.tree.map(lambda each: each[order], pairs)
+
+
+def _anew(
     config: CacheConfig,
     rng: UInt32[Array, "batch words"],
     middle: Summary,
@@ -169,34 +162,20 @@ def _fitted(
     *,
     fresh: bool = False,
 ) -> Summary:
-    """The middle fitted anew to what it stands for and to more pairs.
+    """The middle made anew of what it stands for, unless that is nothing, and of more pairs.
 
-    Args:
-      config: the options.
-      rng: data of each sequence's random key; every head and place gets a fold of its own.
-      middle: the middle.
-      block: the next pairs of each sequence.
-      positions: their places in the sequence; -1 for what is none of them.
-      queries: sample queries, or ``None``.
-      fresh: whether the middle has absorbed nothing, static.
+    Arguments are those of :func:`absorb`, but for ``positions``, the places of the pairs in the
+    sequence and -1 for what is none of them, and ``fresh``, whether the middle has absorbed
+    nothing, static.
     """
-    settings = config.settings(block.keys.shape[-1])
-    # The cache keeps both ends itself. Old pairs stand for many and new ones for one: only among
-    # pairs that are fitted together can slots go to those that need them.
-    compressor = fitted(
-        query_norm=settings.query_norm,
-        scale=settings.scale,
-        chunk_size=_TOGETHER,
-        moved_together=_TOGETHER,
-        newton_steps=_STEPS if block.keys.shape[2] > config.block_size else _STEPS_OF_A_BLOCK,
-        sinks=0,
-        recent_fraction=0,
-    )
-    chunks = chunk_count(config.middle, _TOGETHER)
-    kv_heads = block.keys.shape[1]
-    sample = None if queries is None else grouped(queries, kv_heads)
+    steps = _STEPS if fresh or block.keys.shape[2] > config.block_size else _STEPS_OF_A_BLOCK
+    compressor = _compressor(config, block.keys.shape[-1], steps)
+    sample = None
+    if queries is not None and compressor.reads_queries:
+        sample = grouped(queries, block.keys.shape[1])
 
     def one_head(
+        compressor: Compressor,
         words: Array,
         number: Array,
         summary: Summary,
@@ -204,67 +183,62 @@ def _fitted(
         positions: Array,
         sample: Array | None,
     ) -> Summary:
-        pairs = Pairs(*block, (positions >= 0).astype(summary.pairs.weights.dtype), positions)
+        dtype = summary.pairs.weights.dtype
+        pairs = Pairs(*block, (positions >= 0).astype(dtype), positions)
         if not fresh:
             pairs = jax.tree.map(lambda *each: jnp.concatenate(each), summary.pairs, pairs)
-            # In the order of the sequence, empty slots last.
-            last = jnp.iinfo(jnp.int32).max
-            order = jnp.argsort(jnp.where(pairs.weights == 0, last, pairs.positions))
-            if chunks > 1:
-                # Every chunk gets its share of old pairs and of new ones.
-                ranks = jnp.argsort(numbers(order.shape[0])[0] % chunks)
-                held = pairs.weights[order][ranks] != 0
-                order = order[ranks][jnp.argsort(~held)]
-            pairs = jax.tree.map(lambda each: each[order], pairs)
+            pairs = _in_order(pairs, chunk_count(config.middle, _TOGETHER))
         count = jnp.sum(pairs.weights != 0, dtype=jnp.int32)
         # A head without pairs has one of zeros: padding may hold anything.
         inside = (jnp.arange(pairs.weights.shape[0]) < count)[:, None]
         keys, values = (jnp.where(inside, each, jnp.zeros_like(each)) for each in pairs[:2])
         head = Head.prepare(
-            _key(words, positions[0]),
+            _key(words, 0 if fresh else positions[0]),
             number,
             keys,
             values,
             jnp.maximum(count, 1),
             sample,
-            log_weights=log(pairs.weights),
+            log_weights=None if fresh else log(pairs.weights),
             ragged=True,
             **compressor.query_ball._asdict(),
         )
         coreset, _ = compressor.on_head(head, config.middle)
+        held = _held(coreset, pairs, config.middle)
         sound = jnp.ones((), bool)
         for array in jax.tree.leaves((keys, values, sample)):
             sound &= jnp.all(jnp.isfinite(array))
-        empty = (coreset.indices < 0) | (count == 0)
-        weights = jnp.where(empty, 0, jnp.exp(coreset.log_weights).astype(pairs.weights.dtype))
-        # Fits keep the mass nearly. A sequence sees many of them, and "nearly" adds up.
-        weights *= jnp.sum(pairs.weights) / jnp.sum(weights)
-        held = Pairs(
-            coreset.keys,
-            coreset.values,
-            weights,
-            jnp.where(empty, -1, pairs.positions[jnp.maximum(coreset.indices, 0)]),
-        )
-        room = config.middle - held.weights.shape[0]
-        held = jax.tree.map(
-            lambda each: jnp.pad(each, [(0, room)] + [(0, 0)] * (each.ndim - 1)), held
-        )
-        new = jnp.sum(positions >= 0, dtype=jnp.int32)
         # What was not finite is never forgotten: a sum of keys is where summaries look for it.
         ledger = summary.ledger
         ledger = ledger._replace(key_sum=jnp.where(sound, ledger.key_sum, jnp.nan))
-        fit = summary._replace(pairs=held, ledger=ledger, absorbed=summary.absorbed + new)
-        return jax.tree.map(lambda new_leaf, old: jnp.where(new > 0, new_leaf, old), fit, summary)
+        new = jnp.sum(positions >= 0, dtype=jnp.int32)
+        made = summary._replace(pairs=held, ledger=ledger, absorbed=summary.absorbed + new)
+        return jax.tree.map(lambda one, old: jnp.where(new > 0, one, old), made, summary)
 
+    # Numbers are those of the kv heads: what a sequence is batched with must not matter.
     zeros = jnp.zeros_like(middle.absorbed)
     return over_axes(one_head, 2)(
+        options_of_heads(compressor, middle.ledger.key_radius),
         _words(rng, zeros),
-        zeros + numbers(kv_heads),
+        zeros + numbers(zeros.shape[1]),
         middle,
         block,
         zeros[..., None] + positions[:, None],
         sample,
     )
+
+
+def _held(coreset: Coreset, pairs: Pairs, slots: int) -> Pairs:
+    """A coreset of some pairs as such pairs, which weigh as many in all."""
+    empty = coreset.indices < 0
+    weights = jnp.where(empty, 0, jnp.exp(coreset.log_weights).astype(pairs.weights.dtype))
+    # Fits keep the mass nearly. A sequence sees many of them, and "nearly" adds up.
+    total = jnp.sum(weights)
+    weights = weights * (jnp.sum(pairs.weights) / jnp.where(total == 0, 1, total))
+    places = jnp.where(empty, -1, pairs.positions[jnp.maximum(coreset.indices, 0)])
+    held = Pairs(coreset.keys, coreset.values, weights, places)
+    room = slots - weights.shape[0]
+    return jax.tree.map(lambda each: jnp.pad(each, [(0, room)] + [(0, 0)] * (each.ndim - 1)), held)
 
 
 def log_weights(middle: Summary) -> Float[Array, "batch kv_heads slots"]:

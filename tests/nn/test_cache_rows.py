@@ -81,3 +81,12 @@ def test_a_row_of_length_zero_is_an_empty_one(sequences, filled, empty_cache, su
     )
     again = [each.read_and_extend(*sequences, LENGTHS) for each in (cut, expected)]
     chex.assert_trees_all_equal(*again)
+
+
+def test_many_pairs_behind_a_row_of_length_zero(sequences, empty_cache):
+    """With the default, whose middle takes them all at once."""
+    filled = empty_cache().append(*sequences[1:])
+    rows = np.array([False, True, False, False])
+    cut = dataclasses.replace(filled, lengths=jnp.where(rows, 0, filled.lengths))
+    found, expected = (each.append(*sequences[1:], LENGTHS) for each in (cut, filled.reset(rows)))
+    chex.assert_trees_all_equal(found, expected)

@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from coreset_jax._src.core.coreset import Coreset
-from coreset_jax._src.core.head import Head
 from coreset_jax._src.geometry.kernel_geometry import balancing_geometry
-from coreset_jax._src.precision import accumulation_dtype, matmul
+from coreset_jax._src.precision import accumulation_dtype
 from coreset_jax._src.stream import sketch as errors
 from coreset_jax._src.stream.halvings import halve
 from coreset_jax._src.stream.sketch import LEVELS, Ledger, Pairs, Settings, Sketch
@@ -69,62 +67,6 @@ def empty(
         Ledger(key, value, zero, zero, key, sums, sums),
         none,
     )
-
-
-def of_coreset(
-    head: Head,
-    count: Int[Array, ""],
-    coreset: Coreset,
-    offset: int,
-    slots: int,
-    landmarks: int,
-    settings: Settings,
-) -> Summary:
-    """The summary of a cache that was compressed at once, with the error that this made.
-
-    The ledger knows nothing of that error: it bounds what comes after. Keys, values and weights of
-    the coreset may be fitted.
-
-    Args:
-      head: the cache.
-      count: its valid pairs; 0 makes an empty summary, of a head that has one pair.
-      coreset: what stands for them, in at most ``slots`` slots.
-      offset: place in the stream of the cache's first pair.
-      slots: pairs that the summary may hold.
-      landmarks: landmarks of its sketch.
-      settings: what is fixed.
-    """
-    dtype = head.dtype
-    blank = empty(slots, landmarks, head.keys[0], head.values[0])
-    room = slots - coreset.indices.shape[0]
-    weights = jnp.where(count > 0, jnp.exp(coreset.log_weights).astype(dtype), 0)
-    pairs = jax.tree.map(
-        lambda array: jnp.pad(array, [(0, room)] + [(0, 0)] * (array.ndim - 1)),
-        Pairs(coreset.keys, coreset.values, weights, coreset.indices + offset),
-    )
-    pairs = pairs._replace(positions=jnp.where(pairs.weights > 0, pairs.positions, -1))
-    # What is known of the error chooses later on, and counts as constant in derivatives.
-    head, known = jax.lax.stop_gradient((head, pairs))
-    ledger = blank.ledger._replace(key_sum=jnp.sum(head.keys.astype(dtype), axis=0))
-    standardization = errors.weighted_standardization(known, ledger, jnp.ones((), bool), settings)
-    geometry = balancing_geometry(standardization)
-    chosen = errors.landmark_keys(known, landmarks)
-    # A fit has other values than its source, so that what it holds is a measure of its own.
-    moments = [
-        geometry.moments(
-            geometry.keys(chosen), keys, errors.coefficients(masses, values.astype(dtype))
-        )
-        for keys, values, masses in (
-            (known.keys, known.values, known.weights),
-            (head.keys, head.values, head.inside.astype(dtype)),
-        )
-    ]
-    error = matmul(errors.solver(geometry, chosen, settings), moments[0] - moments[1])
-    recentered = errors.recentered(ledger, standardization)
-    full = Summary(pairs, Sketch(chosen, error, count), recentered, count)
-    exact = Summary(pairs, blank.sketch, ledger, count)
-    halved = jnp.sum(pairs.weights > 0) < count
-    return jax.tree.map(lambda new, old: jnp.where(halved, new, old), full, exact)
 
 
 def absorb(rng: Array, summary: Summary, pairs: Pairs, settings: Settings) -> Summary:
