@@ -65,13 +65,13 @@ def test_sample_queries_are_matched(cache):
 def test_cuts_within_cuts(monkeypatch, cache, queries, ragged):
     """Groups of chunks of parts, each head with a radius of its own."""
     monkeypatch.setattr(fitting, "_MATCHED_TOGETHER", 40)
-    monkeypatch.setattr(fitting, "_MOVED_TOGETHER", 8)
     keys, values = cache
     lengths = jnp.array([120, 60, 5]) if ragged else None
     asked = keys[:, :30] if queries else None
     options = {"size": 101, "lengths": lengths, "queries": asked}
     norms = np.array([1.0, 4.0, 9.0], np.float32)
-    together = cj.fitted(query_norm=norms, chunk_size=16)(RNG, keys, values, **options)
+    cuts = {"chunk_size": 16, "moved_together": 8}
+    together = cj.fitted(query_norm=norms, **cuts)(RNG, keys, values, **options)
     counts = [120, 60, 5] if ragged else [120] * 3
     for head, length in enumerate(counts):
         indices = np.asarray(together.indices[head])
@@ -79,9 +79,7 @@ def test_cuts_within_cuts(monkeypatch, cache, queries, ragged):
         assert min(101, length) - 12 <= len(held) <= min(101, length)
         assert np.all(np.diff(held) > 0)
         assert held[-1] < length
-        alike = cj.fitted(query_norm=float(norms[head]), chunk_size=16)(
-            RNG, keys, values, **options
-        )
+        alike = cj.fitted(query_norm=float(norms[head]), **cuts)(RNG, keys, values, **options)
         np.testing.assert_allclose(together.keys[head], alike.keys[head], atol=1e-4)
 
 
@@ -166,10 +164,10 @@ def test_a_head_knows_nothing_of_the_others_and_sickness_stays_in_it(cache, prog
 
 
 @pytest.mark.slow
-def test_without_steps_pivots_are_fitted_where_they_are(monkeypatch, cache):
-    monkeypatch.setattr(fitting, "_MOVED_TOGETHER", 16)
+def test_without_steps_pivots_are_fitted_where_they_are(cache):
     keys, values = (np.asarray(array) for array in cache)
-    coreset = cj.fitted(newton_steps=0, sinks=0, recent_fraction=0.0)(RNG, keys, values, size=40)
+    fitted = cj.fitted(newton_steps=0, moved_together=16, sinks=0, recent_fraction=0.0)
+    coreset = fitted(RNG, keys, values, size=40)
     for head, indices in enumerate(np.asarray(coreset.indices)):
         assert len(set(indices)) == 40
         np.testing.assert_allclose(coreset.keys[head], keys[head, indices], atol=1e-5)
