@@ -1,13 +1,24 @@
 """Nearly optimal attention coresets: shrink a KV cache and say how wrong the result may be."""
 
 from coreset_jax import _exporting as _exporting
-from coreset_jax import baselines, budgets, geometry, guarantees, queries, refit, streaming, walks
+from coreset_jax import (
+    baselines,
+    budgets,
+    geometry,
+    guarantees,
+    prefixes,
+    queries,
+    refit,
+    streaming,
+    walks,
+)
 from coreset_jax._src.attention import attention
 from coreset_jax._src.core.bias import attention_bias
 from coreset_jax._src.core.compressor import Compressor, Wrapper
 from coreset_jax._src.core.coreset import Coreset, attend
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
+from coreset_jax._src.core.packed import PackedCoreset, pack, unpack
 from coreset_jax._version import __version__
 from coreset_jax.attending import attended
 from coreset_jax.balancing import balanced
@@ -23,6 +34,7 @@ __all__ = [
     "Head",
     "Info",
     "OutOfReachError",
+    "PackedCoreset",
     "Wrapper",
     "__version__",
     "attend",
@@ -40,9 +52,12 @@ __all__ = [
     "geometry",
     "guarantees",
     "keep_ends",
+    "pack",
     "pivoted",
+    "prefixes",
     "queries",
     "refit",
     "streaming",
+    "unpack",
     "walks",
 ]

@@ -3,10 +3,13 @@
 A program that was exported and serialized takes and returns them where this package is imported.
 """
 
+import json
+
 from jax import export
 
 from coreset_jax._src.core.coreset import Coreset, SignedCoreset
 from coreset_jax._src.core.info import Info
+from coreset_jax._src.core.packed import PackedCoreset
 from coreset_jax._src.geometry.standardize import Calibration, Standardization
 from coreset_jax._src.stream.sketch import Ledger, Pairs, Sketch
 from coreset_jax._src.stream.summary import Summary
@@ -35,3 +38,10 @@ for each in (
 ):
     # Files have these names in them: a class that is renamed keeps its own.
     export.register_namedtuple_serialization(each, serialized_name=f"coreset_jax.{each.__name__}")
+
+export.register_pytree_node_serialization(
+    PackedCoreset,
+    serialized_name="coreset_jax.PackedCoreset",
+    serialize_auxdata=lambda options: json.dumps(options).encode(),
+    deserialize_auxdata=lambda serialized: tuple(json.loads(serialized)),
+)

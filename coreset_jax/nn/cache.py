@@ -19,6 +19,7 @@ from coreset_jax.nn import middle as middles
 from coreset_jax.nn.config import CacheConfig
 from coreset_jax.nn.grouped import Part, attend, by_head
 from coreset_jax.nn.kv_block import KVBlock
+from coreset_jax.nn.prefix import LayerPrefix
 
 
 @struct.dataclass
@@ -47,6 +48,8 @@ class CoresetCache:
         else its row holds.
       rng: data of a random key ``[batch, 2]``, the same for every sequence, for compressors that
         want one.
+      prefix: compressed documents that the sequences begin with, or ``None``; ``lengths`` are those
+        of what came behind them.
       config: the options.
 
     >>> import jax
@@ -67,6 +70,7 @@ class CoresetCache:
     filled: Int[Array, " batch"]
     lengths: Int[Array, " batch"]
     rng: UInt32[Array, "batch words"]
+    prefix: LayerPrefix | None
     config: CacheConfig = struct.field(pytree_node=False)
 
     @classmethod
@@ -76,6 +80,7 @@ class CoresetCache:
         rng: Array,
         keys: Float[Array, "batch length kv_heads head_dim"],
         values: Float[Array, "batch length kv_heads value_dim"],
+        prefix: LayerPrefix | None = None,
     ) -> "CoresetCache":
         """An empty cache for keys and values like these.
 
@@ -85,21 +90,30 @@ class CoresetCache:
           keys: arrays like those to come, ``[batch, any, kv_heads, head_dim]``; shape, dtype and
             sharding are taken, contents are not.
           values: the same, ``[batch, any, kv_heads, value_dim]``.
+          prefix: what the sequences begin with (:func:`coreset_jax.nn.of_layer`).
 
         Raises:
-          ValueError: if keys and values do not fit each other, options of the compressor fit no
-            head, or there are more than 256 kv heads of at most as many places.
+          ValueError: if keys and values do not fit each other or the prefix, options of the
+            compressor fit no head, or there are more than 256 kv heads of at most as many places.
         """
         checks.check_pairs(keys, values)
         checks.check_example(keys)
         check_heads(config.compressor, keys.shape[2:3], config.block_size, keys.shape[3])
         words = jnp.zeros_like(keys[:, 0, 0, :1], jnp.uint32)
         words = words + jax.random.bits(rng, (1, 2), jnp.uint32)
-        return cls._empty(config, words, keys, values)
+        cache = cls._empty(config, words, keys, values, prefix)
+        if prefix is not None:
+            checks.check_prefix(prefix, cache.recent)
+        return cache
 
     @classmethod
     def _empty(
-        cls, config: CacheConfig, words: Array, keys: Array, values: Array
+        cls,
+        config: CacheConfig,
+        words: Array,
+        keys: Array,
+        values: Array,
+        prefix: LayerPrefix | None,
     ) -> "CoresetCache":
         key, value = (by_head(array)[..., 0, :] for array in (keys, values))
         # Two arrays, or they could not both be donated.
@@ -111,6 +125,7 @@ class CoresetCache:
             filled,
             lengths,
             words,
+            prefix,
             config,
         )
 
@@ -120,8 +135,13 @@ class CoresetCache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     @property
+    def next_positions(self) -> Int[Array, " batch"]:
+        """Where the next token of each sequence stands: behind its prefix and all that came."""
+        return self.lengths if self.prefix is None else self.lengths + self.prefix.lengths
+
+    @property
     def positions(self) -> Int[Array, "batch kv_heads size"]:
-        """Places in the sequence of the pairs held, -1 in empty slots: sinks, middle, recent."""
+        """Places of the pairs held, behind the prefix, -1 in empty slots: sinks, middle, recent."""
         sinks = kv_block.numbers(self.config.sinks)
         sinks = jnp.where(sinks < self.lengths[:, None], sinks, -1)
         filled = _filled(self)[:, None]
@@ -153,6 +173,62 @@ class CoresetCache:
         """
         checks.check_rows(rows, self.lengths.shape)
         return _reset(self, rows)
+
+    def reordered(self, order: Int[Array, " beams"]) -> "CoresetCache":
+        """A cache of some sequences of this one, each as often as it is named.
+
+        A prefix that all sequences share is not repeated, as it would be by
+        ``jax.tree.map(lambda leaf: leaf[order], cache)``.
+
+        Args:
+          order: rows ``[beams]``, integers; may be traced.
+
+        Raises:
+          ValueError: if ``order`` are no integers, or not of rank 1, or name no row.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from coreset_jax.nn import CacheConfig, CoresetCache
+        >>> keys, values = jax.random.normal(jax.random.key(0), (2, 3, 20, 2, 8))
+        >>> cache = CoresetCache.init(CacheConfig(size=196), jax.random.key(1), keys, values)
+        >>> cache.reordered(jnp.array([2, 2, 0, 1])).lengths.shape
+        (4,)
+        """
+        checks.check_order(order, self.lengths.shape[0])
+        rows = dataclasses.replace(self, prefix=None)
+        taken: CoresetCache = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], rows)
+        prefix = self.prefix
+        if prefix is not None and prefix.lengths.shape[0] > 1:
+            prefix = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], prefix)
+        return dataclasses.replace(taken, prefix=prefix)
+
+    def rolled_back(self, lengths: Int[Array, " batch"]) -> "CoresetCache":
+        """The cache without its newest pairs, as speculative decoding wants it.
+
+        Only pairs that are held exactly can be taken back, the ``window`` newest ones at least. To
+        go back further, keep the cache of then: caches are values, and share their arrays. What
+        comes next is as if they had never been there, bit by bit, unless older pairs have left the
+        window because of them: those stay in the middle.
+
+        Args:
+          lengths: what is to be left of each sequence ``[batch]``, behind the prefix; may be
+            traced. A sequence that is not longer stays as it is.
+
+        Returns:
+          The cache. Attention of a sequence that cannot go back so far is NaN from then on.
+
+        Raises:
+          ValueError: if ``lengths`` are not integers, one a sequence; or are known, and one of them
+            cannot be reached.
+
+        >>> import jax, jax.numpy as jnp
+        >>> from coreset_jax.nn import CacheConfig, CoresetCache
+        >>> keys, values = jax.random.normal(jax.random.key(0), (2, 3, 20, 2, 8))
+        >>> cache = CoresetCache.init(CacheConfig(size=196), jax.random.key(1), keys, values)
+        >>> cache.append(keys, values).rolled_back(jnp.array([5, 20, 0])).lengths.tolist()
+        [5, 20, 0]
+        """
+        checks.check_back(lengths, self.lengths, _shortest(self))
+        return _rolled_back(self, jnp.asarray(lengths))
 
     def prefill(
         self,
@@ -277,7 +353,28 @@ class CoresetCache:
 @jax.jit
 def _reset(cache: CoresetCache, rows: Array) -> CoresetCache:
     keys, values = map(by_head, cache.recent)
-    return _chosen(rows, CoresetCache._empty(cache.config, cache.rng, keys, values), cache)
+    return _chosen(rows, CoresetCache._empty(cache.config, cache.rng, keys, values, None), cache)
+
+
+def _shortest(cache: CoresetCache) -> Int[Array, " batch"]:
+    """The shortest that each sequence can be made: what has left the window stays."""
+    exact = _filled(cache)
+    whole = ~_outgrown(cache) | (exact == cache.lengths - cache.config.sinks)
+    return jnp.where(whole, 0, cache.lengths - exact)
+
+
+@jax.jit
+def _rolled_back(cache: CoresetCache, lengths: Array) -> CoresetCache:
+    left = jnp.clip(lengths.astype(jnp.int32), 0, cache.lengths)
+    filled = jnp.maximum(_filled(cache) - (cache.lengths - left), 0)
+    lost = left < _shortest(cache)
+    # A middle that is not sound makes outputs NaN; where there is none, recent keys do.
+    recent = cache.recent._replace(
+        keys=jnp.where(lost[:, None, None, None], jnp.nan, cache.recent.keys)
+    )
+    left = jnp.where(lost, cache.lengths, left)
+    filled = jnp.where(lost, _filled(cache), filled)
+    return dataclasses.replace(cache, recent=recent, filled=filled, lengths=left)
 
 
 @jax.jit
@@ -347,7 +444,7 @@ def _attend(
             start, end = jnp.zeros_like(cache.lengths), _counts(cache, keys, lengths)
             new = kv_block.cut(new, keys.shape[1], start, end)
     scale = cache.config.settings(queries.shape[-1]).scale
-    outputs = attend(queries, _held(cache), new, scale)
+    outputs = attend(queries, _held(cache), new, scale, cache.prefix)
     return outputs.astype(cache.recent.values.dtype)
 
 
@@ -409,13 +506,13 @@ def _filled(cache: CoresetCache) -> Int[Array, " batch"]:
 
 
 def _chosen(rows: Array, new: CoresetCache, old: CoresetCache) -> CoresetCache:
-    """Some rows of one cache, and the others of another."""
+    """Some rows of one cache, and the others of another, behind the prefix of the other."""
 
     def choose(new: Array, old: Array) -> Array:
         return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    chosen: CoresetCache = jax.tree.map(choose, new, old)
-    return chosen
+    rows_of = [dataclasses.replace(cache, prefix=None) for cache in (new, old)]
+    return dataclasses.replace(jax.tree.map(choose, *rows_of), prefix=old.prefix)
 
 
 def _counts(cache: CoresetCache, keys: Array, lengths: Array | None) -> Int[Array, " batch"]:

@@ -73,6 +73,54 @@ def check_rows(rows: Any, shape: tuple[int, ...]) -> None:
         )
 
 
+def check_order(order: Any, batch: int) -> None:
+    """Raises ``ValueError`` unless ``order`` names rows of a batch."""
+    array = order if hasattr(order, "dtype") else np.asarray(order)
+    if not jnp.issubdtype(array.dtype, jnp.integer) or array.ndim != 1:
+        raise ValueError(
+            f"order must be integers of shape [beams], got {array.dtype} {array.shape}."
+        )
+    if not checks.is_traced(array) and array.size:
+        found = np.asarray(array)
+        if found.min() < 0 or found.max() >= batch:
+            raise ValueError(
+                f"order must lie in 0..{batch - 1}, the rows of the cache; got values from "
+                f"{found.min()} to {found.max()}."
+            )
+
+
+def check_back(lengths: Any, held: Any, shortest: Any) -> None:
+    """Raises ``ValueError`` unless sequences of length ``held`` can be cut to ``lengths``."""
+    array = lengths if hasattr(lengths, "dtype") else np.asarray(lengths)
+    if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape != held.shape:
+        raise ValueError(
+            f"lengths must be integers of shape [batch] {held.shape}, got {array.dtype} "
+            f"{array.shape}."
+        )
+    if checks.is_traced(array) or checks.is_traced(shortest):
+        return
+    wanted, least = np.asarray(array), np.asarray(shortest)
+    if np.any(wanted < 0) or np.any(wanted < least):
+        raise ValueError(
+            f"lengths must be at least {least.tolist()}, since older pairs are not held exactly; "
+            f"got {wanted.tolist()}. Keep the cache of then to go back further."
+        )
+
+
+def check_prefix(prefix: Any, held: KVBlock) -> None:
+    """Raises ``ValueError`` unless documents fit a cache that holds such pairs behind them."""
+    batch, heads, _, width = held.keys.shape
+    pairs = prefix.pairs
+    documents = pairs.keys.shape[0] if pairs.keys.ndim == 3 else -1
+    found = (pairs.num_heads, pairs.keys.shape[-1], pairs.values.shape[-1])
+    if documents not in (1, batch) or found != (heads, width, held.values.shape[-1]):
+        raise ValueError(
+            f"prefix must hold 1 or {batch} documents of {heads} kv heads, for keys of width "
+            f"{width} and values of width {held.values.shape[-1]}; got keys {pairs.keys.shape}, "
+            f"values {pairs.values.shape} and {pairs.num_heads} heads."
+        )
+
+
 def check_new_pairs(keys: Any, values: Any, lengths: Any, held: KVBlock) -> None:
     """Raises ``ValueError`` unless pairs and ``lengths`` fit a cache that holds such pairs."""
     check_pairs(keys, values)

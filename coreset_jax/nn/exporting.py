@@ -8,6 +8,7 @@ from jax import export
 from coreset_jax.nn.cache import CoresetCache
 from coreset_jax.nn.config import CacheConfig
 from coreset_jax.nn.kv_block import KVBlock
+from coreset_jax.nn.prefix import LayerPrefix
 
 
 def config_to_bytes(config: CacheConfig) -> bytes:
@@ -33,7 +34,10 @@ def config_from_bytes(serialized: bytes | bytearray) -> CacheConfig:
     return CacheConfig(**json.loads(serialized))
 
 
-export.register_namedtuple_serialization(KVBlock, serialized_name="coreset_jax.nn.KVBlock")
+for each in (KVBlock, LayerPrefix):
+    export.register_namedtuple_serialization(
+        each, serialized_name=f"coreset_jax.nn.{each.__name__}"
+    )
 export.register_pytree_node_serialization(
     CoresetCache,
     serialized_name="coreset_jax.nn.CoresetCache",

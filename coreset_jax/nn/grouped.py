@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from coreset_jax._src.attention import PartialAttention, finish, merge, partial_attention
+from coreset_jax.nn import prefix as prefixes
+from coreset_jax.nn.prefix import LayerPrefix
 
 # Keys and values ``[batch, kv_heads, slots, width]`` and log-weights ``[batch, kv_heads, slots]``.
 Part = tuple[Array, Array, Array]
@@ -44,6 +46,7 @@ def attend(
     parts: Sequence[Part],
     new: tuple[Array, Array] | None,
     scale: float,
+    prefix: LayerPrefix | None = None,
 ) -> Float[Array, "batch length heads value_dim"]:
     """Attention over the parts of a cache, and causally over the pairs that come with the queries.
 
@@ -55,6 +58,7 @@ def attend(
       new: keys and values ``[batch, kv_heads, length, width]`` of which query ``i`` sees the first
         ``i + 1``, or ``None``.
       scale: the softmax scale.
+      prefix: documents that all queries see, or ``None``.
 
     Returns:
       Outputs in float32 or wider; zero where there is nothing to attend to.
@@ -65,6 +69,8 @@ def attend(
     def read(queries: Array, places: Array) -> Array:
         rows = grouped(queries, kv_heads)
         states = [_nothing_where_empty(partial_attention(rows, *p, scale=scale), p) for p in parts]
+        if prefix is not None:
+            states.append(prefixes.partial_attention(rows, prefix, scale))
         if new is not None:
             places = jnp.tile(places, heads // kv_heads)
             visible = jnp.arange(length)[None] <= places[:, None]
@@ -72,6 +78,8 @@ def attend(
         return ungrouped(finish(functools.reduce(merge, states)), queries.shape)
 
     seen = sum(part[0].shape[2] for part in parts) + (0 if new is None else length)
+    if prefix is not None:
+        seen += prefix.pairs.keys.shape[1]
     at_once = max(_SCORES // (batch * heads * seen), 1)
     if length <= at_once:
         return read(queries, jnp.arange(length))

@@ -225,7 +225,7 @@ class CoresetAttention(linen.Module):
             )
         variable = self.variable("cache", "coreset", self._empty, key, value)
         cache = variable.value
-        query, key = rotate_behind(cache.lengths, query, key, self.rope_base)
+        query, key = rotate_behind(cache.next_positions, query, key, self.rope_base)
         if self.is_initializing():
             return cache.attend(query, key, value, lengths)
         heads, variable.value = cache.read_and_extend(query, key, value, lengths)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from coreset_jax.nn import checks
 from coreset_jax.nn.cache import CoresetCache
 from coreset_jax.nn.config import MODULE_OPTIONS, CacheConfig
+from coreset_jax.nn.prefix import LayerPrefix
 from coreset_jax.nn.rotary import Rotating, rotate_behind
 
 
@@ -75,6 +76,7 @@ class CoresetAttention(nnx.MultiHeadAttention):
         input_shape: Sequence[int],
         dtype: Any = jnp.float32,
         rng: Array | None = None,
+        prefix: LayerPrefix | None = None,
     ) -> None:
         """Makes an empty cache.
 
@@ -83,9 +85,11 @@ class CoresetAttention(nnx.MultiHeadAttention):
             refused; the cache itself has ``size`` slots a head.
           dtype: of the keys and values that the module computes.
           rng: a JAX random key for compressors that want one; ``jax.random.key(0)`` if ``None``.
+          prefix: the documents that sequences begin with (:func:`coreset_jax.nn.of_layer`); what
+            is read stands behind them.
 
         Raises:
-          ValueError: if ``input_shape`` does not fit the module.
+          ValueError: if ``input_shape`` or the prefix do not fit the module.
         """
         if len(input_shape) != 3 or input_shape[-1] != self.in_features:
             raise ValueError(
@@ -95,7 +99,7 @@ class CoresetAttention(nnx.MultiHeadAttention):
         config = self.cache_config.replace(max_length=length)
         like = jnp.zeros((batch, 1, self.num_kv_heads, self.head_dim), dtype)
         rng = jax.random.key(0) if rng is None else rng
-        self.cache = nnx.Cache(CoresetCache.init(config, rng, like, like))
+        self.cache = nnx.Cache(CoresetCache.init(config, rng, like, like, prefix))
 
     def __call__(
         self,
@@ -147,7 +151,7 @@ class CoresetAttention(nnx.MultiHeadAttention):
         if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
         cache = self.cache.get_value()
-        query, key = rotate_behind(cache.lengths, query, key, self.rope_base)
+        query, key = rotate_behind(cache.next_positions, query, key, self.rope_base)
         heads, cache = cache.read_and_extend(query, key, value, lengths)
         self.cache.set_value(cache)
         return self.out(heads, out_sharding=options.get("out_sharding"))

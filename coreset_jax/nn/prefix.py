@@ -1,0 +1,69 @@
+"""A compressed document in front of a cache: what sequences of a layer begin with."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from coreset_jax._src.attention import PartialAttention
+from coreset_jax._src.core.packed import PackedCoreset, partial_attention_packed, with_slots
+from coreset_jax.prefixes import Prefix
+
+
+class LayerPrefix(NamedTuple):
+    """What a layer holds of the documents that its sequences begin with.
+
+    Attributes:
+      pairs: the pairs of each sequence's document, packed, ``[batch, slots, ...]``; or of one that
+        all of them share, ``[1, slots, ...]``.
+      lengths: tokens of the documents ``[batch]`` or ``[1]``; what follows stands behind them.
+    """
+
+    pairs: PackedCoreset
+    lengths: Int[Array, " documents"]
+
+
+def of_layer(prefixes: Prefix | Sequence[Prefix], layer: int) -> LayerPrefix:
+    """One layer of a prefix that all sequences share, or of one prefix a sequence.
+
+    Args:
+      prefixes: the prefix, or one for each sequence of a batch, of the same model.
+      layer: the layer's number.
+
+    Raises:
+      ValueError: if there are no prefixes or no such layer, or the prefixes are of different
+        models.
+    """
+    each = [prefixes] if isinstance(prefixes, Prefix) else list(prefixes)
+    if not each:
+        raise ValueError("prefixes must not be empty.")
+    if len({prefix.model for prefix in each}) > 1:
+        raise ValueError(f"prefixes must be of one model, got {sorted({p.model for p in each})}.")
+    count = min(len(prefix.layers) for prefix in each)
+    if not 0 <= layer < count:
+        raise ValueError(f"layer must lie in 0..{count - 1}, got {layer}.")
+    packed = [prefix.layers[layer] for prefix in each]
+    slots = max(pairs.keys.shape[0] for pairs in packed)
+    rows = [with_slots(pairs, slots) for pairs in packed]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    return LayerPrefix(stacked, jnp.asarray([prefix.length for prefix in each], jnp.int32))
+
+
+def partial_attention(
+    rows: Float[Array, "batch kv_heads rows head_dim"], prefix: LayerPrefix, scale: float
+) -> PartialAttention:
+    """Attention of all sequences over their documents, ready to be merged with what follows."""
+    documents, sequences = prefix.lengths.shape[0], rows.shape[0]
+    if documents == sequences:
+        return partial_attention_packed(rows, prefix.pairs, scale=scale)
+    # One document is read once for all: their queries are those of one sequence.
+    _, heads, count, width = rows.shape
+    together = rows.swapaxes(0, 1).reshape(1, heads, sequences * count, width)
+    state = partial_attention_packed(together, prefix.pairs, scale=scale)
+
+    def apart(each: Array) -> Array:
+        return each.reshape(heads, sequences, count, *each.shape[3:]).swapaxes(0, 1)
+
+    return PartialAttention(*map(apart, state))
