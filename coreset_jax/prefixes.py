@@ -176,7 +176,9 @@ def load(path: str | os.PathLike[str], *, model: str | None = None) -> Prefix:
             f"{path} is a prefix of the model {header['model']!r}, not of {model!r}."
         )
     layers = tuple(
-        PackedCoreset(*(_array(arrays[f"{number}.{name}"]) for name in _FIELDS), page_size)
+        PackedCoreset(
+            **{name: _array(arrays[f"{number}.{name}"]) for name in _FIELDS}, page_size=page_size
+        )
         for number, page_size in enumerate(json.loads(header["page_sizes"]))
     )
     return Prefix(layers, int(header["length"]), header["model"])

@@ -21,15 +21,29 @@ def main(job: Callable[[Any], Any], config: str, *refusals: type[Exception]) -> 
         one line in place of a traceback.
     """
 
-    def run(arguments: Sequence[str]) -> None:
-        if len(arguments) > 1:
-            raise app.UsageError(f"unexpected arguments {arguments[1:]}")
-        progress.start_logging()
-        try:
-            job(flags.FLAGS.config)
-        except refusals as error:
-            sys.exit(f"{pathlib.Path(arguments[0]).stem}: {error}")
+    def configured(arguments: Sequence[str]) -> None:
+        if arguments:
+            raise app.UsageError(f"unexpected arguments {list(arguments)}")
+        job(flags.FLAGS.config)
 
     # Here and not at the top: another experiment in the same process has a flag of this name.
     config_flags.DEFINE_config_file("config", config)
-    app.run(run)
+    run(configured, *refusals)
+
+
+def run(job: Callable[[Sequence[str]], Any], *refusals: type[Exception]) -> None:
+    """Runs a job with the words of the command line that are no flags, as an absl app.
+
+    Args:
+      job: takes the words behind the program's name.
+      refusals: as for `main`.
+    """
+
+    def started(arguments: Sequence[str]) -> None:
+        progress.start_logging()
+        try:
+            job(arguments[1:])
+        except refusals as error:
+            sys.exit(f"{pathlib.Path(arguments[0]).stem}: {error}")
+
+    app.run(started)

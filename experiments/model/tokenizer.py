@@ -90,6 +90,22 @@ class Tokenizer:
         if end not in known:
             raise ValueError(f"json must hold the token that ends a turn, but not {end!r}")
         self.end_of_turn: int = known[end]
+        # Behind an answer and before a user's further words.
+        self._next_turn = f"{chat.end}\n{chat.prefix}" if chat else "\n\n"
+
+    def document(self, text: str) -> list[int]:
+        """The tokens of a text that a conversation begins with, and questions follow."""
+        return self.encode(f"{self.chat_prefix}Read this text.\n\n{text}")
+
+    def question(self, text: str, *, first: bool = True) -> list[int]:
+        """The tokens of a question behind a document or, further ones, behind an answer.
+
+        Args:
+          text: the question.
+          first: whether it is the first one behind the document.
+        """
+        before = "\n\n" if first else self._next_turn
+        return self.encode(f"{before}{text}{self.chat_suffix}")
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text; special tokens in it, such as `<|im_start|>`, are found.

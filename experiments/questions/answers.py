@@ -35,10 +35,26 @@ class Conversation:
     What it reads and says is kept exactly, behind the document's pairs or its coreset.
     """
 
-    def __init__(
-        self, pretrained: Pretrained, document: Document, coreset: cj.Coreset | None, room: int
-    ) -> None:
+    def __init__(self, pretrained: Pretrained, coreset: cj.Coreset, length: int, room: int) -> None:
         """Begin behind a document.
+
+        Args:
+          pretrained: the model.
+          coreset: of the document's cache, leading axes `[layers, kv_heads]`.
+          length: tokens of the document.
+          room: tokens that may follow.
+        """
+        self.tokenizer, self.model = pretrained.tokenizer, _stacked(pretrained.model)
+        self.caches = self.model.behind(coreset, length, -(-room // _ROOM) * _ROOM)
+        self.left = room
+        # The last token of an answer that was cut short has been said, and not yet read.
+        self._unread: list[int] = []
+
+    @classmethod
+    def about(
+        cls, pretrained: Pretrained, document: Document, coreset: cj.Coreset | None, room: int
+    ) -> Conversation:
+        """Begin behind a document that the model has read.
 
         Args:
           pretrained: the model.
@@ -48,11 +64,7 @@ class Conversation:
         """
         if coreset is None:
             coreset = whole_cache(document.keys, document.values, document.lengths)
-        self.tokenizer, self.model = pretrained.tokenizer, _stacked(pretrained.model)
-        self.caches = self.model.behind(coreset, document.length, -(-room // _ROOM) * _ROOM)
-        self.left = room
-        # The last token of an answer that was cut short has been said, and not yet read.
-        self._unread: list[int] = []
+        return cls(pretrained, coreset, document.length, room)
 
     def read(self, tokens: Sequence[int]) -> Float[Array, "length vocabulary"]:
         """Read tokens, and return the logits of the token after each.

@@ -31,13 +31,13 @@ from experiments.common import command, figures, progress, results
 from experiments.common.metrics import coreset_bytes, divergence
 from experiments.common.tables import print_table, stamp
 from experiments.model import pretrained
+from experiments.model.tokenizer import Tokenizer
 from experiments.questions import documents
 from experiments.questions.answers import Conversation
 from experiments.questions.documents import Document
 from experiments.questions.entrants import CLASSES, Entrant, Setting, chosen
 from experiments.tasks import prompt, registry
 from experiments.tasks.example import Example
-from experiments.tasks.prompt import Tokenizer
 
 _LINE = 96
 """Characters of an answer on one line."""
@@ -134,8 +134,8 @@ def question_of(config: ml_collections.ConfigDict, model: pretrained.Pretrained)
         raise ValueError(f"text is not in UTF-8: {config.text}: {error}") from error
     if not text.strip():
         raise ValueError(f"text is empty: {config.text}")
-    document = tokenizer.encode(f"{tokenizer.chat_prefix}Read this text.\n\n{text}")
-    question = tokenizer.encode(f"\n\n{config.question}{tokenizer.chat_suffix}")
+    document = tokenizer.document(text)
+    question = tokenizer.question(config.question)
     longest = limit - len(question) - config.max_new_tokens
     if len(document) > longest:
         raise ValueError(
@@ -173,10 +173,10 @@ def ask(
         nbytes = coreset_bytes(coreset)
     seconds = time.perf_counter() - begun
     room = len(asked.question) + config.max_new_tokens
-    conversation = Conversation(model, document, coreset, room)
+    conversation = Conversation.about(model, document, coreset, room)
     said = conversation.answer(asked.question, config.max_new_tokens)
     told = [*asked.question, *model.tokenizer.encode(said)] if full is None else full.tokens
-    again = Conversation(model, document, coreset, len(told))
+    again = Conversation.about(model, document, coreset, len(told))
     heard = again.predictions(told)
     full = Full(told, heard) if full is None else full
     title = "full cache" if entrant is None else entrant.title

@@ -103,7 +103,7 @@ class Work:
                 for turn in range(1, len(example.turns))
             ]
         room = sum(len(turn) + example.max_new_tokens + 1 for turn in turns)
-        conversation = Conversation(self.pretrained, document, coreset, room)
+        conversation = Conversation.about(self.pretrained, document, coreset, room)
         answers = [conversation.answer(turn, example.max_new_tokens) for turn in turns]
         scores = [scoring.score(example, answer, turn) for turn, answer in enumerate(answers)]
         if scores[1:]:
@@ -119,7 +119,9 @@ class Work:
     ) -> Cell:
         tokenizer = self.pretrained.tokenizer
         answer = prompt.reference_ids(example.references[0], tokenizer)
-        conversation = Conversation(self.pretrained, document, coreset, len(question) + len(answer))
+        conversation = Conversation.about(
+            self.pretrained, document, coreset, len(question) + len(answer)
+        )
         return {"bits": conversation.bits(question, answer)}
 
     def text(self, cell: Cell) -> Cell:
@@ -141,7 +143,7 @@ class Work:
         if coreset is None:
             costs = expected[np.arange(behind - 1), tokens[length + 1 :]]
             return found | document.seconds | {"bits": -float(costs.mean()) / math.log(2)}
-        conversation = Conversation(self.pretrained, document, coreset, behind)
+        conversation = Conversation.about(self.pretrained, document, coreset, behind)
         heard = conversation.predictions(tokens[length:-1].tolist())
         errors = np.asarray(relative_error(asked, exact, coreset))
         return found | {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -243,7 +244,12 @@ def _over_pages(
     firsts = jnp.arange(pages, dtype=jnp.int32) * packed.page_size
     owners = head_of(firsts, packed.offsets)
     scales = None if scale is None else scale[owners][:, None, None]
-    reduced = {"num_segments": heads, "indices_are_sorted": True}
+    by_head: dict[str, Any] = {
+        "segment_ids": owners,
+        "num_segments": heads,
+        "indices_are_sorted": True,
+    }
+    summed = functools.partial(jax.ops.segment_sum, **by_head)
 
     def read(queries: Float[Array, "heads q d"]) -> PartialAttention:
         states = partial_attention(
@@ -253,13 +259,13 @@ def _over_pages(
             paged(packed.log_weights),
             scale=scales,
         )
-        maximum = jax.ops.segment_max(states.maximum, owners, **reduced)
+        maximum = jax.ops.segment_max(states.maximum, **by_head)
         shift = jnp.where(jnp.isneginf(maximum), jnp.zeros_like(maximum), maximum)
         factors = jnp.exp(states.maximum - shift[owners])
         return PartialAttention(
             maximum,
-            jax.ops.segment_sum(factors * states.total, owners, **reduced),
-            jax.ops.segment_sum(factors[..., None] * states.output, owners, **reduced),
+            summed(factors * states.total),
+            summed(factors[..., None] * states.output),
         )
 
     at_once = max(_NUMBERS // (pages * (packed.page_size + packed.values.shape[-1])), 1)

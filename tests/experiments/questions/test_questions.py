@@ -99,7 +99,7 @@ def test_sources(document: documents.Document) -> None:
 def test_conversation_over_the_full_cache(model: Pretrained, document: documents.Document) -> None:
     logits = model.model(jnp.asarray(TOKENS)[None])[0]
     expected = jax.nn.log_softmax(logits[LENGTH:])
-    conversation = Conversation(model, document, None, 40)
+    conversation = Conversation.about(model, document, None, 40)
     found = conversation.predictions(TOKENS[LENGTH:].tolist())
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
     assert divergence(np.asarray(expected), found) < 1e-5
@@ -115,7 +115,7 @@ def test_answer_is_greedy(model: Pretrained, document: documents.Document) -> No
         told = [*TOKENS[:LENGTH], *question, *said]
         whole = jnp.asarray([*told, *TOKENS[len(told) :]])[None]
         said.append(int(jnp.argmax(model.model(whole)[0, len(told) - 1])))
-    answer = Conversation(model, document, None, 16).answer(question, 4)
+    answer = Conversation.about(model, document, None, 16).answer(question, 4)
     expected = said[: said.index(299)] if 299 in said else said
     assert answer == "".join(map(chr, expected))
 
@@ -124,12 +124,12 @@ def test_a_further_question_is_read_behind_the_whole_answer(
     model: Pretrained, document: documents.Document
 ) -> None:
     question, further = (TOKENS[start : start + 5].tolist() for start in (LENGTH, LENGTH + 5))
-    conversation = Conversation(model, document, None, 32)
+    conversation = Conversation.about(model, document, None, 32)
     answer = conversation.answer(question, 4)
     assert len(answer) == 4  # cut short, so that its last token was not read
     said = [*question, *map(ord, answer)]
     second = conversation.answer(further, 4)
-    assert second == Conversation(model, document, None, 32).answer([*said, *further], 4)
+    assert second == Conversation.about(model, document, None, 32).answer([*said, *further], 4)
 
 
 def test_conversation_over_a_whole_coreset(model: Pretrained, document: documents.Document) -> None:
@@ -143,7 +143,8 @@ def test_conversation_over_a_whole_coreset(model: Pretrained, document: document
     )
     tokens = TOKENS[LENGTH:].tolist()
     full, same = (
-        Conversation(model, document, each, 40).predictions(tokens) for each in (None, coreset)
+        Conversation.about(model, document, each, 40).predictions(tokens)
+        for each in (None, coreset)
     )
     np.testing.assert_allclose(same, full, atol=1e-4)
 
