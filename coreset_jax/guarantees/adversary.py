@@ -235,8 +235,9 @@ def _adversary(
     standardization = seen.standardization
 
     def standardized(pairs: Coreset | SignedCoreset) -> Any:
-        fields = pairs._asdict().items()
-        pairs = pairs._replace(**{k: v.astype(dtype) for k, v in fields if k != "indices"})
+        named = pairs._asdict().items()
+        fields = {k: v.astype(dtype) for k, v in named if k not in ("indices", "scale")}
+        pairs = pairs._replace(**fields)
         # Values of a signed coreset are coefficients of the output, which a mean value enters
         # times the normalizer.
         centers = normalizers(pairs)[..., None] * standardization.value_center[..., None, :]

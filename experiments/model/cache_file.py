@@ -2,7 +2,8 @@
 
 A file holds ``layers.<i>.keys``, ``.values``, ``.log_weights`` and ``.indices`` for every layer,
 each with a leading axis of key-value heads, so that any reader of safetensors can take a layer
-alone; and ``.scale``, the softmax scale of every head, if compression was given one. Its header says which text and model the cache came from.
+alone; and ``.scale``, the softmax scale of every head, if compression was given one. Its header
+says which text and model the cache came from.
 """
 
 import dataclasses

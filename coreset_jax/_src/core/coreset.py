@@ -1,8 +1,7 @@
 """The coreset: a few weighted pairs in place of a cache, and what is done with its slots."""
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -67,16 +66,12 @@ def normalizers(coreset: Coreset | SignedCoreset) -> Float[Array, "*heads m"]:
     return jnp.ones_like(coreset.log_weights)
 
 
-def with_normalizers(
-    coreset: Coreset, normalizers: Float[Array, "*heads m"]
-) -> SignedCoreset:
+def with_normalizers(coreset: Coreset, normalizers: Float[Array, "*heads m"]) -> SignedCoreset:
     """The coreset with numbers of their own for its pairs in the denominator."""
     return SignedCoreset(**coreset._asdict(), normalizers=normalizers)
 
 
-def scale_of(
-    coreset: Coreset | SignedCoreset, scale: ArrayLike | None = None
-) -> ArrayLike | None:
+def scale_of(coreset: Coreset | SignedCoreset, scale: ArrayLike | None = None) -> ArrayLike | None:
     """The softmax scale to read a coreset with: its own, or what the reader gives.
 
     ``None`` if neither is there. Raises ``ValueError`` where both are and differ; see
@@ -87,8 +82,9 @@ def scale_of(
 
 def _over_slots(function: Callable[..., Array], *coresets: AnyCoreset) -> AnyCoreset:
     """A function of each array that has slots; the scale, which has none, is that of all."""
-    scales = [each.scale for each in coresets]
-    scale = functools.reduce(functools.partial(shared_scale, "parts of a coreset"), scales)
+    scale: Any = None
+    for each in coresets:
+        scale = shared_scale("parts of a coreset", scale, each.scale)
     arrays = [each._replace(scale=None) for each in coresets]
     mapped: AnyCoreset = jax.tree.map(function, *arrays)
     return mapped._replace(scale=scale)

@@ -47,12 +47,12 @@ def check_heads(
 
 
 def stream_scale(scale: float | None, compressor: Compressor | None) -> float | None:
-    """The softmax scale of a stream: its own, or else its compressor's; ``None`` if neither has one.
+    """The softmax scale of a stream: its own, or else its compressor's; ``None`` for the default.
 
-    Raises ``ValueError`` if both have and they differ, or that of the compressor is not one number.
+    Raises ``ValueError`` if the two differ, or that of the compressor is not one number.
     """
     theirs = None if compressor is None else compressor.coreset_scale
-    shared = shared_scale("a stream and its compressor", scale, theirs)
+    shared: Any = shared_scale("a stream and its compressor", scale, theirs)
     if shared is None:
         return None
     if jnp.ndim(shared):
