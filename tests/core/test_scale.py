@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import coreset_jax as cj
 from coreset_jax import baselines, budgets, refit
@@ -146,6 +147,20 @@ def test_it_is_a_leaf_with_the_axes_of_heads(cache, queries):
     # Heads are taken out of it as out of any tree.
     one = jax.tree.map(lambda leaf: leaf[1, 2], coreset)
     np.testing.assert_allclose(cj.attend(queries[1, 2], one), expected[1, 2], rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_sharded_as_the_heads_are(cache):
+    mesh = jax.make_mesh(
+        (2, 1), ("batch", "head"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:2]
+    )
+    sharding = NamedSharding(mesh, PartitionSpec("batch", "head"))
+    given = [jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=sharding) for each in cache]
+    with jax.set_mesh(mesh):
+        for scale in (0.8, SCALES):
+            compressor = scaled(scale=scale)
+            coreset = jax.eval_shape(lambda *p, c=compressor: c(RNG, *p, size=SIZE), *given)
+            assert tuple(coreset.scale.sharding.spec) == ("batch", "head")
+            jax.eval_shape(cj.attend, given[0], coreset)
 
 
 def test_derivatives_reach_the_scale_through_the_coreset(cache, queries):

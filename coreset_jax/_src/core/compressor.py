@@ -10,7 +10,8 @@ To add one, write a class with a docstring, its options as fields, and ``compres
 
 It goes into a file of its own: methods of this library beside ``balancing.py``, all others into
 ``coreset_jax/baselines/``. Declare ``rho``, ``query_norm`` and ``scale`` as leaves if it has use
-for them, and set ``keeps_pairs = False`` if its keys or values are not those of the source.
+for them, and set ``keeps_pairs = False`` if its keys or values are not those of the source. A
+``scale`` that is given travels with the coreset.
 
 Everything else is done around it (:mod:`coreset_jax._src.core.driver`): checks, masks, random keys,
 units, many heads, compilation.
@@ -66,7 +67,7 @@ class Compressor:
     Attributes:
       rho: the radius of unit queries, or ``None``; see :func:`coreset_jax.geometry.standardize`.
       query_norm: largest norm of a raw query, or ``None``.
-      scale: the softmax scale, or ``None`` for ``1/sqrt(d)``.
+      scale: the softmax scale, or ``None`` for ``1/sqrt(d)``; coresets carry it.
       needs_queries: whether it cannot do without sample queries.
       keeps_pairs: whether what it keeps are pairs of the source, bit by bit.
       signed: whether it returns a :class:`~coreset_jax.baselines.SignedCoreset`.
