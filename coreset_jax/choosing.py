@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from coreset_jax._src.core.compressor import Compressor, Wrapper, leaf
+from coreset_jax._src.core.compressor import Compressor, QueryBall, Wrapper, leaf
 from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
+from coreset_jax._src.core.scale import shared_scale
 from coreset_jax._src.fit.query_targets import evaluate
 from coreset_jax.budgets.shared import alike
 
@@ -30,7 +31,7 @@ class better_of(Wrapper):  # noqa: N801
 
     Args:
       compressor: a method; it wins where both are equal.
-      other: another one.
+      other: another one. The softmax scale of both is the one that either was given.
 
     A compressor; see :class:`coreset_jax.Compressor`. It wants sample ``queries`` when called, two
     at least.
@@ -55,6 +56,13 @@ class better_of(Wrapper):  # noqa: N801
             raise ValueError(f"other must be a Compressor, got {self.other!r}.")
         if self.other.signed or self.compressor.signed:
             raise ValueError("neither compressor may return signed coresets.")
+        shared_scale("both compressors", *(each.query_ball.scale for each in self._children()))
+
+    @property
+    def query_ball(self) -> QueryBall:
+        """Which queries it is made for: as the first method has it, or else the other."""
+        ball = super().query_ball
+        return ball._replace(scale=self.other.query_ball.scale) if ball.scale is None else ball
 
     @property
     def needs_queries(self) -> bool:  # type: ignore[override]

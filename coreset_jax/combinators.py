@@ -8,7 +8,14 @@ from jaxtyping import Array, Int
 
 from coreset_jax._src import checks
 from coreset_jax._src.core.compressor import Wrapper
-from coreset_jax._src.core.coreset import AnyCoreset, Coreset, SignedCoreset, concatenated, emptied
+from coreset_jax._src.core.coreset import (
+    AnyCoreset,
+    Coreset,
+    SignedCoreset,
+    concatenated,
+    emptied,
+    with_normalizers,
+)
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 
@@ -223,7 +230,7 @@ class keep_ends(Wrapper):  # noqa: N801
             places = jnp.where(valid, places, -1) if head.ragged else places
             pairs = head.pairs(places, own.astype(middle.log_weights.dtype))
             if isinstance(middle, SignedCoreset):
-                return SignedCoreset(*pairs, jnp.exp(pairs.log_weights))
+                return with_normalizers(pairs, jnp.exp(pairs.log_weights))
             return pairs
 
         first = jnp.arange(sinks, dtype=jnp.int32)

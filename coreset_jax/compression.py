@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from coreset_jax._src import checks
 from coreset_jax._src.core.compressor import Compressor
 from coreset_jax._src.core.coreset import Coreset
+from coreset_jax._src.core.scale import shared_scale
 from coreset_jax._src.geometry.standardize import standardize
 from coreset_jax.attending import attended
 from coreset_jax.balancing import balanced
@@ -102,7 +103,8 @@ def compress(
         ``query_norm`` is ``sqrt(d)``.
       scores: the largest attention weight that any query gave each pair ``[..., n]``; beside
         ``queries`` only.
-      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale, a scalar or ``[...]``; ``None`` means ``1/sqrt(d)``. The coreset
+        carries it, and :func:`coreset_jax.attend` reads it with it.
       lengths: valid pairs of each head ``[...]``; the rest is padding and may hold anything.
 
     Returns:
@@ -161,7 +163,8 @@ def compress_to_error(
       query_norm: largest norm of a raw query instead; a scalar or ``[...]``.
       queries: sample queries ``[..., q, d]``, whose largest norm is the radius unless one is given.
         If none of the three is given, ``query_norm`` is ``sqrt(d)``.
-      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale, a scalar or ``[...]``; ``None`` means that of ``compressor``, and
+        ``1/sqrt(d)`` where that has none. The coreset carries it.
       lengths: valid pairs of each head ``[...]``; the rest is padding and may hold anything.
       compressor: the method; ``None`` means :class:`coreset_jax.balanced` for this radius.
 
@@ -189,6 +192,7 @@ def compress_to_error(
     if any(checks.is_traced(array) for array in jax.tree.leaves(given)):
         raise ValueError("eps chooses a size by the data, and cannot be traced; call compress.")
     eps = positive_number("eps", eps)
+    scale = shared_scale("compressor and certificate", compressor.coreset_scale, scale)
     ball: dict[str, Any] = {"rho": rho, "query_norm": query_norm, "scale": scale}
     ball |= {"queries": queries, "lengths": lengths}
     # Checks all arguments, before anything is compressed.
@@ -198,6 +202,10 @@ def compress_to_error(
 
     def attempt(size: int) -> Certified:
         coreset = compressor(rng, keys, values, size=size, lengths=lengths, queries=queries)
+        if coreset.scale is None and scale is not None:
+            # A method that knows of no scale, for one that a reader must know.
+            dtype = standardization.rho.dtype
+            coreset = coreset._replace(scale=jnp.full(keys.shape[:-2], scale, dtype))
         return Certified(coreset, certificate(keys, values, coreset, **ball))
 
     def predicted(size: int) -> float:

@@ -32,6 +32,7 @@ from coreset_jax._src.stream.halvings import (
     check_compressor,
     check_heads,
     options_of_heads,
+    stream_scale,
 )
 from coreset_jax._src.stream.sketch import Pairs, Settings
 from coreset_jax._src.stream.summary import Summary
@@ -78,7 +79,8 @@ class merge_and_reduce:  # noqa: N801
       landmarks: keys that keep the error, besides the pairs: ``landmarks * (d + dv + 1)`` numbers
         a head.
       query_norm: largest norm of a raw query; ``None`` means ``sqrt(d)``.
-      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale, which coresets of the stream carry; ``None`` means that of
+        ``compressor``, and ``1/sqrt(d)`` where that has none.
       walk: a function of :mod:`coreset_jax.walks`, or any of the same signature; hashable.
       max_swaps: swaps that may refine a halving after its walk.
       ridge: regularization of the landmarks' Gram matrix, relative to its diagonal.
@@ -86,7 +88,8 @@ class merge_and_reduce:  # noqa: N801
         method; it knows nothing of earlier errors.
 
     Raises:
-      ValueError: on bad options, and on a compressor that is signed or needs sample queries.
+      ValueError: on bad options, and on a compressor that is signed, needs sample queries or has
+        another scale.
 
     References:
       Kochetkova et al., *BalanceKV: KV cache compression through discrepancy theory*, 2025, for
@@ -131,6 +134,7 @@ class merge_and_reduce:  # noqa: N801
         if not callable(self.walk):
             raise ValueError(f"walk must be callable, got {self.walk!r}.")
         check_compressor(self.compressor)
+        stream_scale(self.scale, self.compressor)
 
     def init(
         self,
@@ -205,8 +209,9 @@ class merge_and_reduce:  # noqa: N801
         Returns:
           A coreset with ``size`` slots a head: weights that sum to the pairs that have come, and
           ``indices`` that count from the first of them. NaN log-weights where a NaN or an
-          infinity has come.
+          infinity has come. It carries the stream's softmax scale, if that was given.
         """
+        scale = stream_scale(self.scale, self.compressor)
 
         def one_head(state: StreamState) -> Coreset:
             summary = state.summary
@@ -226,6 +231,7 @@ class merge_and_reduce:  # noqa: N801
                 jnp.where(inside, values, jnp.zeros_like(values)),
                 jnp.where(sound, log(weights), jnp.nan),
                 positions,
+                None if scale is None else jnp.full_like(weights[0], scale),
             )
 
         return over_axes(one_head, state.filled.ndim)(state)
@@ -264,7 +270,9 @@ class merge_and_reduce:  # noqa: N801
 
     def settings(self, width: int) -> Settings:
         """The settings of a summary for keys of a width."""
-        return Settings.at_width(width, **{name: getattr(self, name) for name in Settings._fields})
+        options = {name: getattr(self, name) for name in Settings._fields}
+        options["scale"] = stream_scale(self.scale, self.compressor)
+        return Settings.at_width(width, **options)
 
     def _check(
         self,

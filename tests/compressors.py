@@ -1,11 +1,12 @@
 """Compressors that are quick to compile, and what else tests of many methods share."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from coreset_jax._src.core.compressor import Compressor
+from coreset_jax._src.core.compressor import Compressor, leaf
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 
@@ -19,6 +20,12 @@ class sampled(Compressor):  # noqa: N801
         places = jnp.sort(jnp.where(places < head.length, places, head.count))
         weight = jnp.log(head.length / jnp.minimum(size, head.length))
         return head.pairs(places, jnp.full(size, weight, head.dtype)), Info()
+
+
+class scaled(sampled):  # noqa: N801
+    """The same with a softmax scale, one number or one a head."""
+
+    scale: Any = leaf(default=None)
 
 
 class newest(Compressor):  # noqa: N801

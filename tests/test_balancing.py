@@ -123,7 +123,7 @@ def test_a_head_knows_nothing_of_the_others(compressor, cache, coreset):
     other = compressor(RNG, *changed, size=SIZE)
     same = np.ones(LEADING, bool)
     same[1, 2] = False
-    for before, after in zip(coreset, other, strict=True):
+    for before, after in zip(coreset[:4], other[:4], strict=True):
         np.testing.assert_array_equal(before[same], after[same])
     assert np.any(coreset.indices[1, 2] != other.indices[1, 2])
 
@@ -138,7 +138,7 @@ def test_a_call_is_one_program_and_the_rng_decides(compressor, cache, coreset, p
     alone = compressor(RNG, *(array[0, 0] for array in cache), size=SIZE)
     assert programs() == before + 1
     # Leading axes are only a layout.
-    for nested, single in zip(coreset, alone, strict=True):
+    for nested, single in zip(coreset[:4], alone[:4], strict=True):
         np.testing.assert_allclose(nested[0, 0], single, rtol=1e-6)
 
 
@@ -178,7 +178,7 @@ def test_sick_heads_answer_nan_and_the_others_as_ever(compressor, cache, coreset
     np.testing.assert_array_equal(
         np.isnan(mixed.log_weights), np.broadcast_to(sick[..., None], mixed.log_weights.shape)
     )
-    for before, after in zip(coreset, mixed, strict=True):
+    for before, after in zip(coreset[:4], mixed[:4], strict=True):
         np.testing.assert_array_equal(before[~sick], after[~sick])
 
 

@@ -22,7 +22,7 @@ class doubled(cj.Compressor):  # noqa: N801
 
     def compress_head(self, head, size):
         kept, info = newest().compress_head(head, size)
-        kept = SignedCoreset(*kept, jnp.full(size, 0.5, head.dtype))
+        kept = SignedCoreset(*kept[:4], jnp.full(size, 0.5, head.dtype))
         return kept._replace(log_weights=kept.log_weights + np.log(2)), info
 
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coreset_jax import balancing, compression, fitting
+from coreset_jax import attend, balancing, compression, fitting
 from coreset_jax.baselines import uniform
 from coreset_jax.guarantees import Certificate, certificate
+from tests import brute_force
 
 RNG = jax.random.key(0)
 COUNT, WIDTH = 96, 4
@@ -51,6 +52,22 @@ def test_certified_and_half_of_it_is_not(heads):
         chex.assert_trees_all_equal(found, whole)
         assert worst(found) <= eps
     assert np.all(np.max(found.coreset.indices, axis=-1) < LENGTHS)
+
+
+@pytest.mark.slow
+def test_a_scale_is_carried_by_coresets_of_methods_that_know_of_none(heads):
+    found = compress_to_error(*heads, eps=100.0, compressor=uniform(), scale=0.3)
+    np.testing.assert_allclose(found.coreset.scale, [0.3, 0.3], rtol=1e-6)
+    queries = np.random.default_rng(0).standard_normal((2, 5, WIDTH)).astype(np.float32)
+    expected = brute_force.attention(queries, *found.coreset[:3], scale=0.3)
+    np.testing.assert_allclose(attend(queries, found.coreset), expected, rtol=1e-5, atol=1e-5)
+    promise = certificate(*heads, found.coreset, rho=1.0, lengths=LENGTHS)
+    np.testing.assert_allclose(promise.error, found.certificate.error, rtol=1e-5)
+
+
+def test_another_scale_than_the_compressors_is_refused(heads):
+    with pytest.raises(ValueError, match=r"must have one softmax scale, got 0\.5 and 0\.3"):
+        compress_to_error(*heads, eps=1.0, scale=0.3, compressor=balancing.balanced(scale=0.5))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 from jax import export
 
 import coreset_jax as cj
-from tests.compressors import sampled
+from tests.compressors import sampled, scaled
 
 KEYS, VALUES = np.random.default_rng(0).standard_normal((2, 3, 24, 4)).astype(np.float32)
 
@@ -38,6 +38,13 @@ def test_coresets_and_info_are_serialized():
     check(compress, KEYS, VALUES)
     coreset = sampled()(jax.random.key(0), KEYS, VALUES, size=5)
     check(cj.attend, KEYS[:, :2], coreset)
+
+
+def test_a_scale_is_serialized_with_its_coreset():
+    scale = np.array([0.2, 0.5, 2.0], np.float32)
+    coreset = scaled(scale=scale)(jax.random.key(0), KEYS, VALUES, size=5)
+    check(cj.attend, KEYS[:, :2], coreset)
+    check(lambda scale: scaled(scale=scale)(jax.random.key(0), KEYS, VALUES, size=5), scale)
 
 
 @pytest.mark.slow

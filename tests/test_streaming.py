@@ -234,11 +234,50 @@ def test_any_walk(pairs, walk):
         ({"size": 256, "compressor": 3}, "compressor must be a Compressor"),
         ({"size": 256, "compressor": compressors.signed()}, "compressor signed .* weights"),
         ({"size": 256, "compressor": compressors.asking()}, "compressor .* queries"),
+        (
+            {"size": 256, "scale": 0.5, "compressor": cj.balanced(scale=0.25)},
+            r"a stream and its compressor must have one softmax scale, got 0\.5 and 0\.25",
+        ),
+        (
+            {"size": 256, "compressor": cj.balanced(scale=np.array([0.5, 0.25]))},
+            "scale must be one number",
+        ),
     ],
 )
 def test_bad_options(options, name):
     with pytest.raises(ValueError, match=name):
         streaming.merge_and_reduce(**options)
+
+
+def test_coresets_carry_the_scale_of_the_stream(pairs):
+    options = {"size": 32, "block_size": 16, "landmarks": 4}
+    for stream, scale in (
+        (streaming.merge_and_reduce(scale=0.7, **options), 0.7),
+        (streaming.merge_and_reduce(compressor=cj.balanced(scale=0.7), **options), 0.7),
+        (streaming.merge_and_reduce(**options), None),
+    ):
+        coreset = stream.coreset(stream.init(RNG, *pairs))
+        if scale is None:
+            assert coreset.scale is None
+        else:
+            np.testing.assert_allclose(coreset.scale, np.full(LEADING, scale), rtol=1e-6)
+        settings = stream.settings(WIDTH)
+        assert settings.scale == (WIDTH**-0.5 if scale is None else scale)
+
+
+@pytest.mark.slow
+def test_a_stream_is_halved_and_read_with_its_scale(pairs):
+    keys, values = (array[:, :, :PIECE] for array in pairs)
+    seen = []
+    compressor = compressors.looking(note=lambda scale: seen.append(float(scale)))
+    stream = streaming.merge_and_reduce(size=32, block_size=16, scale=0.7, compressor=compressor)
+    coreset = stream.coreset(run_at_once(stream, keys, values))
+    jax.effects_barrier()
+    assert seen
+    np.testing.assert_allclose(seen, 0.7, rtol=1e-6)
+    queries = np.random.default_rng(0).standard_normal((*LEADING, 5, WIDTH)).astype(np.float32)
+    expected = brute_force.attention(queries, *coreset[:3], scale=0.7)
+    np.testing.assert_allclose(cj.attend(queries, coreset), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_options_of_a_compressor_are_not_traced():

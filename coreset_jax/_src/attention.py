@@ -51,7 +51,7 @@ def partial_attention(
       values: values ``[..., n, dv]``.
       log_weights: natural logarithms of the pairs' weights ``[..., n]``; ``-inf`` leaves a
         pair out. ``None`` weighs every pair 1.
-      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale, a scalar or ``[...]``; ``None`` means ``1/sqrt(d)``.
       visible: which pairs each query may see ``[q, n]``; ``None`` means all.
 
     Returns:
@@ -59,6 +59,8 @@ def partial_attention(
     """
     dtype = accumulation_dtype(queries, keys, values)
     scale = default_scale(keys.shape[-1]) if scale is None else scale
+    if jnp.ndim(scale):
+        scale = jnp.asarray(scale, dtype)[..., None, None]
     scores = scale * jnp.einsum(
         "...qd,...nd->...qn",
         queries,
@@ -142,7 +144,7 @@ def attention(
       values: values ``[..., n, dv]``.
       log_weights: natural logarithms of the weights ``[..., n]``; ``None`` means all 0.
       lengths: number of valid pairs of each head ``[...]``; ``None`` means ``n``.
-      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale, a scalar or ``[...]``; ``None`` means ``1/sqrt(d)``.
       block_size: pairs per step; scores are then held for one block at a time
         (``q * block_size`` instead of ``q * n`` numbers). ``None`` takes all at once.
 
@@ -160,7 +162,7 @@ def attention(
     checks.check_cache(keys, values)
     checks.check_queries(queries, keys)
     checks.check_lengths(lengths, keys)
-    checks.check_positive("scale", scale)
+    checks.check_positive("scale", scale, keys.shape[:-2])
     if block_size is not None:
         checks.check_count("block_size", block_size)
     if log_weights is not None and log_weights.shape != keys.shape[:-1]:

@@ -16,6 +16,13 @@ def is_traced(value: object) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
+def is_known(value: object) -> bool:
+    """Whether the entries of ``value`` can be looked at: neither traced nor in other processes."""
+    if is_traced(value):
+        return False
+    return not isinstance(value, jax.Array) or value.is_fully_addressable
+
+
 def is_number(value: object) -> bool:
     """Whether ``value`` is a number or an array of numbers that can be looked at."""
     return not is_traced(value) and isinstance(
@@ -117,14 +124,14 @@ def check_size(size: object) -> None:
 def check_finite(name: str, value: ArrayLike | None, leading: tuple[int, ...] = ()) -> None:
     """Raises ``ValueError`` unless ``value`` is real, finite, and one number or one a head.
 
-    ``None`` passes; a traced value has only its shape checked.
+    ``None`` passes; a value that cannot be looked at has only its shape checked.
     """
     if value is None:
         return
     shape = np.shape(value)
     if shape not in ((), leading):
         raise ValueError(f"{name} must be a scalar or have shape {leading}, got shape {shape}.")
-    if is_traced(value):
+    if not is_known(value):
         return
     array = np.asarray(value)
     if not (np.issubdtype(array.dtype, np.number) and np.isrealobj(array)):
@@ -136,7 +143,7 @@ def check_finite(name: str, value: ArrayLike | None, leading: tuple[int, ...] = 
 def check_positive(name: str, value: ArrayLike | None, leading: tuple[int, ...] = ()) -> None:
     """Raises ``ValueError`` unless ``value`` passes :func:`check_finite` and is above zero."""
     check_finite(name, value, leading)
-    if value is not None and not is_traced(value) and not np.all(np.asarray(value) > 0):
+    if value is not None and is_known(value) and not np.all(np.asarray(value) > 0):
         raise ValueError(f"{name} must be positive, got {value!r}.")
 
 

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from coreset_jax._src import checks
-from coreset_jax._src.core.compressor import leaf
+from coreset_jax._src.core.compressor import QueryBall, leaf
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.geometry.solves import identity_like, regularized_inverse
 from coreset_jax._src.precision import inner_products, matmul
@@ -67,7 +67,8 @@ class compactor(KeepAttended):  # noqa: N801
       rope_base: base of the rotary positions by which keys are rotated, channel :math:`i` with
         channel :math:`i + d/2`, one position a pair; ``None`` if they are not, or not known.
       groups: query heads that share a key-value head, with as many samples each, one after another.
-      scale: the softmax scale; the authors' code has 1, and ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale of the scores alone; the authors' code has 1, and ``None`` means
+        ``1/sqrt(d)``. It need not be the model's, and coresets do not carry it.
 
     A compressor; see :class:`coreset_jax.Compressor`. It is query-free without ``queries``. It
     draws a sketch, for keys that are wider.
@@ -108,6 +109,11 @@ class compactor(KeepAttended):  # noqa: N801
         for name in ("sinks", "num_recent"):
             self.static_count(name, 0)
         object.__setattr__(self, "rope_base", checks.static_float("rope_base", self.rope_base))
+
+    @property
+    def query_ball(self) -> QueryBall:
+        """None: the scale is that of its own scores, and not of the attention that reads."""
+        return QueryBall()
 
     @property
     def reads_queries(self) -> bool:
@@ -173,10 +179,11 @@ class compactor(KeepAttended):  # noqa: N801
         spare = chunks * size - count
         keys = jnp.pad(head.keys.astype(head.dtype), ((0, spare), (0, 0)))
         pairs = jnp.pad(judged, (0, spare)).reshape(chunks, size)
+        scale = head.scale if self.scale is None else jnp.asarray(self.scale, head.dtype)
 
         def in_chunk(chunk: tuple[Array, Array, Array, Array]) -> Array:
             queries, counted, keys, pairs = chunk
-            logits = head.scale * inner_products(queries.reshape(-1, queries.shape[-1]), keys)
+            logits = scale * inner_products(queries.reshape(-1, queries.shape[-1]), keys)
             weights = jax.nn.softmax(
                 jnp.where(pairs[None], logits, jnp.finfo(logits.dtype).min), axis=-1
             )

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from coreset_jax._src.core.compressor import Compressor, leaf
-from coreset_jax._src.core.coreset import SignedCoreset
+from coreset_jax._src.core.coreset import with_normalizers
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.precision import matmul
@@ -245,7 +245,7 @@ class wildcat(Compressor):  # noqa: N801
         if size < head.count:
             return super().on_head(head, size)
         whole = head.whole()
-        return SignedCoreset(*whole, jnp.ones_like(whole.log_weights)), Info()
+        return with_normalizers(whole, jnp.ones_like(whole.log_weights)), Info()
 
     def compress_head(self, head: Head, size: int) -> tuple[Any, Info]:
         """Draws the pivots, and weighs what stands for the head behind them."""
@@ -278,7 +278,7 @@ class wildcat(Compressor):  # noqa: N801
         weights = jnp.take(found.weights, places) / mean_weight
         values = jnp.where(whole, coreset.values, fitted.astype(coreset.values.dtype))
         normalizers = jnp.where(whole, jnp.ones_like(weights), weights)
-        return SignedCoreset(*coreset._replace(values=values), normalizers), Info()
+        return with_normalizers(coreset._replace(values=values), normalizers), Info()
 
     def workspace(self, count: int, size: int, width: int) -> int:
         """The factors of all bins, and the cache in the dtype of sums."""

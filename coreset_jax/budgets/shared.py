@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from coreset_jax._src.core.compressor import Wrapper
@@ -17,6 +18,12 @@ from coreset_jax.budgets.split import check_axes, grid, resolve_axes, split
 
 class Budget(Wrapper):
     """A wrapper that divides one budget among the heads, and so needs all of them."""
+
+    @property
+    def coreset_scale(self) -> ArrayLike | None:
+        """The softmax scale that coresets are read with: that by which pairs were compressed."""
+        inner = self.compressor.coreset_scale
+        return self.scale if inner is None else inner
 
     def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
         """Raises ``ValueError``: something around it asks for one head by itself."""

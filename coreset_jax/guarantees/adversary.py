@@ -235,8 +235,9 @@ def _adversary(
     standardization = seen.standardization
 
     def standardized(pairs: Coreset | SignedCoreset) -> Any:
-        fields = pairs._asdict().items()
-        pairs = pairs._replace(**{k: v.astype(dtype) for k, v in fields if k != "indices"})
+        named = pairs._asdict().items()
+        fields = {k: v.astype(dtype) for k, v in named if k not in ("indices", "scale")}
+        pairs = pairs._replace(**fields)
         # Values of a signed coreset are coefficients of the output, which a mean value enters
         # times the normalizer.
         centers = normalizers(pairs)[..., None] * standardization.value_center[..., None, :]
@@ -301,7 +302,8 @@ def adversary(
       query_norm: or the radius of the raw queries. Each is a scalar or ``[...]``.
       queries: or sample raw queries ``[..., q, d]`` whose largest norm is the radius; with none
         of the three the radius of the raw queries is ``sqrt(d)``.
-      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale, a scalar or ``[...]``; ``None`` means the coreset's, and where that
+        has none ``1/sqrt(d)``. Any other than the coreset's is an error.
       lengths: valid pairs of each head ``[...]``; ``None`` means all.
       query_center: the middle :math:`\mu` of the ball, ``[..., d]``, of which ``rho`` and
         ``query_norm`` are radii then, and from which the distance of sample ``queries`` counts;
@@ -343,7 +345,9 @@ def adversary(
         "scale": scale,
         "lengths": lengths,
     }
-    check_comparison(keys, values, coreset, query_center, **ball)
+    ball["scale"] = check_comparison(keys, values, coreset, query_center, **ball)
+    # What is compared is the unit problem, into which the scale goes.
+    coreset = coreset._replace(scale=None)
     for name, count in (("starts", starts), ("steps", steps), ("block_size", block_size)):
         checks.check_count(name, count)
     checks.check_positive("learning_rate", learning_rate)

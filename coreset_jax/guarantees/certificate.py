@@ -231,7 +231,8 @@ def certificate(
       query_norm: or the radius of the raw queries. Each is a scalar or ``[...]``.
       queries: or sample raw queries ``[..., q, d]`` whose largest norm is the radius; with none
         of the three the radius of the raw queries is ``sqrt(d)``.
-      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale, a scalar or ``[...]``; ``None`` means the coreset's, and where that
+        has none ``1/sqrt(d)``. Any other than the coreset's is an error.
       lengths: valid pairs of each head ``[...]``; ``None`` means all.
       query_center: the middle :math:`\mu` of the ball, ``[..., d]``, of which ``rho`` and
         ``query_norm`` are radii then, and from which the distance of sample ``queries`` counts;
@@ -267,7 +268,9 @@ def certificate(
         "scale": scale,
         "lengths": lengths,
     }
-    check_comparison(keys, values, coreset, query_center, **ball)
+    ball["scale"] = check_comparison(keys, values, coreset, query_center, **ball)
+    # What is compared is the unit problem, into which the scale goes.
+    coreset = coreset._replace(scale=None)
     checks.check_count("block_size", block_size)
     if degrees is None:
         degrees = default_degrees(keys.shape[-1], values.shape[-1])

@@ -6,7 +6,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from coreset_jax._src import checks
-from coreset_jax._src.core.coreset import Coreset, SignedCoreset
+from coreset_jax._src.core.coreset import Coreset, SignedCoreset, scale_of
 from coreset_jax._src.geometry.standardize import check_radius
 
 
@@ -21,8 +21,11 @@ def check_comparison(
     queries: Array | None,
     scale: ArrayLike | None,
     lengths: Any,
-) -> None:
-    """Raises ``ValueError`` unless a coreset fits its source, and one radius the queries."""
+) -> ArrayLike | None:
+    """The softmax scale of a coreset and its reader; ``None`` for the default.
+
+    Raises ``ValueError`` unless the coreset fits its source, and one radius the queries.
+    """
     checks.check_cache(keys, values)
     checks.check_lengths(lengths, keys)
     check_radius(keys, rho, query_norm, queries, scale)
@@ -39,8 +42,9 @@ def check_comparison(
             f"log_weights {coreset.log_weights.shape} for keys {keys.shape} and "
             f"values {values.shape}."
         )
+    scale = scale_of(coreset, scale)
     if query_center is None:
-        return
+        return scale
     checks.check_floating("query_center", query_center)
     leading = keys.shape[:-2]
     shape = query_center.shape[:-1]
@@ -56,6 +60,7 @@ def check_comparison(
             "query_center must be [..., d] for keys [..., n, d]; got query_center "
             f"{query_center.shape} for keys {keys.shape}."
         )
+    return scale
 
 
 def positive_number(name: str, value: object) -> float:

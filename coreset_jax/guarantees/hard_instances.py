@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from coreset_jax._src import checks
 from coreset_jax._src.attention import attention
-from coreset_jax._src.core.coreset import Coreset, SignedCoreset, attend
+from coreset_jax._src.core.coreset import Coreset, SignedCoreset, attend, scale_of
 from coreset_jax._src.precision import accumulation_dtype, matmul
 from coreset_jax.guarantees.checks import positive_number
 
@@ -30,6 +30,9 @@ _CODEWORDS_PER_SQUARE = 1 / 16
 
 # Codewords or pairs that are looked at together.
 _BLOCK = 256
+
+# The softmax scale of the game: radii of its queries are those of the unit problem.
+_SCALE = 1.0
 
 
 class HardInstance(NamedTuple):
@@ -350,9 +353,9 @@ def _play(instance: HardInstance, coreset: Coreset | SignedCoreset) -> GameResul
     dtype = accumulation_dtype(instance.queries, coreset.keys, coreset.values)
     # Outputs have the dtype of the values, in which a signal of 1/d may be rounded away.
     coreset = coreset._replace(values=coreset.values.astype(dtype))
-    outputs = attend(instance.queries, coreset, scale=1.0, block_size=_BLOCK)
+    outputs = attend(instance.queries, coreset, scale=_SCALE, block_size=_BLOCK)
     cache = instance.keys, instance.values.astype(dtype)
-    exact = attention(instance.queries, *cache, scale=1.0, block_size=_BLOCK)
+    exact = attention(instance.queries, *cache, scale=_SCALE, block_size=_BLOCK)
     success = jnp.mean((decode(instance, outputs) == instance.bits).astype(dtype), axis=(-2, -1))
     finite = jnp.all(jnp.isfinite(outputs), axis=(-2, -1))
     error = jnp.max(jnp.linalg.norm(outputs - exact, axis=-1), axis=-1)
@@ -382,7 +385,8 @@ def index_game(
       The share of bits read correctly, and the largest error at the queries asked.
 
     Raises:
-      ValueError: if ``size`` is not a positive integer, or whatever the compressor raises.
+      ValueError: if ``size`` is not a positive integer, if the coreset was made for another softmax
+        scale than 1, or whatever the compressor raises.
 
     References:
       Liberty, Andoni, Kleiner, *Nearly Optimal Attention Coresets*, 2026, Section 6.
@@ -396,4 +400,7 @@ def index_game(
     74.5% of the bits from 68 pairs
     """
     checks.check_size(size)
-    return _play(instance, compressor(rng, instance.keys, instance.values, size=size))
+    coreset = compressor(rng, instance.keys, instance.values, size=size)
+    # Here, where a scale that differs can still be seen.
+    scale_of(coreset, _SCALE)
+    return _play(instance, coreset)

@@ -36,6 +36,8 @@ class CoresetCache:
     there are as many tokens as heads, and for queries alone, where tokens are a multiple of the kv
     heads.
 
+    The softmax scale is ``config.scale``, for compressing and for reading alike: methods take none.
+
     All arrays start with the batch: ``jax.tree.map(lambda leaf: leaf[order], cache)`` reorders or
     repeats sequences, as a beam search does, and each goes on as it would have in its old row.
 

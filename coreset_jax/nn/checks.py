@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from coreset_jax._src import checks
+from coreset_jax._src.attention import default_scale
+from coreset_jax._src.core.compressor import Compressor
+from coreset_jax._src.core.scale import differ
 from coreset_jax.nn.kv_block import KVBlock
 
 
@@ -174,6 +177,16 @@ def check_decoding(inputs_q: Any, inputs_k: Any, inputs_v: Any, mask: Any) -> No
         raise ValueError("mask must be None with decode: it is causal; lengths tell of padding.")
     if inputs_q.ndim != 3:
         raise ValueError(f"inputs_q must be [batch, length, features], got {inputs_q.shape}.")
+
+
+def check_module_scale(compressor: Compressor | None, head_dim: int) -> None:
+    """Raises ``ValueError`` unless a compressor has the scale of a module, or none at all."""
+    scale = None if compressor is None else compressor.coreset_scale
+    if differ(scale, default_scale(head_dim)):
+        raise ValueError(
+            "compressor must have no softmax scale other than that of the module, 1/sqrt(head_dim) "
+            f"= {default_scale(head_dim):g}; got {scale}."
+        )
 
 
 def check_rope(rope_base: float | None, head_dim: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from coreset_jax._src import checks
 from coreset_jax._src.balance.walks import greedy_pairs
 from coreset_jax._src.core.compressor import Compressor
-from coreset_jax._src.stream.halvings import check_compressor
+from coreset_jax._src.stream.halvings import check_compressor, stream_scale
 from coreset_jax._src.stream.sketch import Settings
 
 # Options that attention modules take for their caches; the others follow from the module.
@@ -24,7 +24,8 @@ class CacheConfig:
       block_size: pairs that leave the window together, even; so many more than ``window`` may be
         exact. A decoding step does real work once in so many steps.
       query_norm: largest norm of a query; ``None`` means ``sqrt(head_dim)``.
-      scale: the softmax scale; ``None`` means ``1/sqrt(head_dim)``.
+      scale: the softmax scale, at which the cache is compressed and read; ``None`` means that of
+        ``compressor``, and ``1/sqrt(head_dim)`` where that has none. Two that differ are refused.
       compressor: compresses prompts, sample queries given, and halves blocks of what leaves the
         window, where there are none and of what it returns only the choice of pairs and their
         weights count. Options that are arrays are one number or one a key-value head. ``None``
@@ -60,6 +61,7 @@ class CacheConfig:
         if self.block_size % 2:
             raise ValueError(f"block_size must be even, got {self.block_size}.")
         check_compressor(self.compressor)
+        stream_scale(self.scale, self.compressor)
         if self.max_length is not None:
             checks.check_count("max_length", self.max_length)
         exact = f"sinks {self.sinks} + window {self.window} + block_size {self.block_size}"
@@ -88,5 +90,7 @@ class CacheConfig:
     def settings(self, width: int) -> Settings:
         """The settings of the middle for heads of a width."""
         walk: dict[str, Any] = {"walk": greedy_pairs, "max_swaps": self.block_size, "ridge": 1e-4}
-        names = ("block_size", "query_norm", "scale", "compressor")
-        return Settings.at_width(width, **{name: getattr(self, name) for name in names}, **walk)
+        scale = stream_scale(self.scale, self.compressor)
+        names = ("block_size", "query_norm", "compressor")
+        options = {name: getattr(self, name) for name in names}
+        return Settings.at_width(width, scale=scale, **options, **walk)

@@ -232,6 +232,7 @@ class CoresetAttention(linen.Module):
         return heads
 
     def _empty(self, key: Array, value: Array) -> CoresetCache:
+        checks.check_module_scale(self.compressor, key.shape[-1])
         longest = key.shape[1] if self.max_length is None else self.max_length
         options = {name: getattr(self, name) for name in MODULE_OPTIONS}
         config = CacheConfig(max_length=longest, **options)

@@ -168,6 +168,7 @@ def _anew(
     sequence and -1 for what is none of them, and ``fresh``, whether the middle has absorbed
     nothing, static.
     """
+    settings = config.settings(block.keys.shape[-1])
     steps = _STEPS if fresh or block.keys.shape[2] > config.block_size else _STEPS_OF_A_BLOCK
     compressor = _compressor(config, block.keys.shape[-1], steps)
     sample = None
@@ -201,7 +202,7 @@ def _anew(
             sample,
             log_weights=None if fresh else log(pairs.weights),
             ragged=True,
-            **compressor.query_ball._asdict(),
+            **compressor.query_ball.at_scale(settings.scale)._asdict(),
         )
         coreset, _ = compressor.on_head(head, config.middle)
         held = _held(coreset, pairs, config.middle)

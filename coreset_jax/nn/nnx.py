@@ -66,6 +66,7 @@ class CoresetAttention(nnx.MultiHeadAttention):
         self.cache_config = CacheConfig(**held)
         super().__init__(num_heads, in_features, *arguments, rngs=rngs, **options)
         checks.check_rope(rope_base, self.head_dim)
+        checks.check_module_scale(self.cache_config.compressor, self.head_dim)
         if rope_base is not None:
             self.attention_fn = Rotating(self.attention_fn, rope_base)
         self.rope_base = rope_base

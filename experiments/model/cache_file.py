@@ -2,7 +2,8 @@
 
 A file holds ``layers.<i>.keys``, ``.values``, ``.log_weights`` and ``.indices`` for every layer,
 each with a leading axis of key-value heads, so that any reader of safetensors can take a layer
-alone. Its header says which text and model the cache came from.
+alone; and ``.scale``, the softmax scale of every head, if compression was given one. Its header
+says which text and model the cache came from.
 """
 
 import dataclasses
@@ -83,7 +84,8 @@ def save(path: str | os.PathLike[str], cache: CompressedCache) -> None:
     Raises:
       ValueError: the coreset is not one of `cache.source.length` pairs; see `load`.
     """
-    fields = {field: np.asarray(array) for field, array in cache.coreset._asdict().items()}
+    arrays = {field: array for field, array in cache.coreset._asdict().items() if array is not None}
+    fields = {field: np.asarray(array) for field, array in arrays.items()}
     _check(path, fields, cache.source)
     layers, heads, size, width = fields["keys"].shape
     shape = dict(zip(_SHAPE, (layers, heads, size, width, fields["values"].shape[-1]), strict=True))
@@ -149,6 +151,8 @@ def load(path: str | os.PathLike[str]) -> CompressedCache:
     }
     if "layers.0.normalizers" in tensors:
         expected["normalizers"] = (heads, size)
+    if "layers.0.scale" in tensors:
+        expected["scale"] = (heads,)
     shapes = {f"layers.{i}.{field}": expected[field] for i in range(layers) for field in expected}
     lm.check_shapes(f"{file} does not fit its own header", shapes, tensors)
     fields = {

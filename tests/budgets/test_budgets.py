@@ -47,7 +47,7 @@ class signed(first):  # noqa: N801
 
     def on_head(self, head: Head, size: int) -> tuple[SignedCoreset, Info]:
         coreset, info = super().on_head(head, size)
-        return SignedCoreset(*coreset, 2 * jnp.ones_like(coreset.log_weights)), info
+        return SignedCoreset(*coreset[:4], 2 * jnp.ones_like(coreset.log_weights)), info
 
 
 @pytest.fixture(params=NAMES)
@@ -102,7 +102,7 @@ def test_pairs_add_up_and_heads_have_what_the_compressor_makes_of_them(name, cac
         for head in np.argwhere(kept == size):
             here = tuple(head)
             slots = np.arange(coreset.indices.shape[-1]) < size
-            for found, expected in zip(coreset, plain, strict=True):
+            for found, expected in zip(coreset[:4], plain[:4], strict=True):
                 np.testing.assert_array_equal(found[here][slots], expected[here])
             assert np.all(coreset.indices[here][~slots] == -1)
             assert np.all(np.isneginf(coreset.log_weights[here][~slots]))
@@ -194,7 +194,7 @@ def test_equal_heads_and_equal_budgets_are_treated_alike(name, cache):
     plain = compress(first(), arrays)
     found = compress(make(name, first(), **options), arrays)
     assert np.all(kept_pairs(found) == SIZE)
-    for ours, theirs in zip(found, plain, strict=True):
+    for ours, theirs in zip(found[:4], plain[:4], strict=True):
         np.testing.assert_array_equal(np.take(ours, np.arange(SIZE), axis=2), theirs)
     if name == "adaptive":
         assert np.all(kept_pairs(compress(make(name, first()), equal)) == SIZE)

@@ -93,6 +93,6 @@ def test_wrong_use_is_refused():
             cj.attention_bias(coreset, **options)
     with pytest.raises(ValueError, match="without heads"):
         cj.attention_bias(jax.tree.map(lambda leaf: leaf[0, 0], coreset))
-    signed = SignedCoreset(*coreset, normalizers=jnp.ones_like(coreset.log_weights))
+    signed = SignedCoreset(*coreset[:4], normalizers=jnp.ones_like(coreset.log_weights))
     with pytest.raises(ValueError, match="signed"):
         cj.attention_bias(signed)

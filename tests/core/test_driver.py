@@ -97,7 +97,7 @@ def test_a_sick_source_answers_nan_and_its_neighbors_do_not(cache, queries):
             sick = np.isnan(cj.attend(queries, coreset))
             assert np.all(sick[1, 2])
             assert sick.sum() == sick[1, 2].size
-            for before, after in zip(well, coreset, strict=True):
+            for before, after in zip(well[:4], coreset[:4], strict=True):
                 np.testing.assert_array_equal(before[0], after[0])
 
 
@@ -131,7 +131,7 @@ def test_the_rng_decides_and_leading_axes_are_only_a_layout(cache):
     for array in changed:
         array[1, 2] = np.random.default_rng(9).standard_normal(array[1, 2].shape)
     other = sampled()(RNG, *changed, size=SIZE)
-    for before, after in zip(coreset, other, strict=True):
+    for before, after in zip(coreset[:4], other[:4], strict=True):
         np.testing.assert_array_equal(before[0], after[0])
         np.testing.assert_array_equal(before[1, :2], after[1, :2])
 

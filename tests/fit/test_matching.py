@@ -160,10 +160,7 @@ def test_never_worse_for_the_samples(name, size):
         np.testing.assert_array_equal(after.indices, before.indices)
         for head in range(len(keys)):
             pairs = queries[head], keys[head], values[head]
-            first, second = (
-                miss(*pairs, cj.Coreset(*(array[head] for array in each)))
-                for each in (before, after)
-            )
+            first, second = (miss(*pairs, coreset_of(head, each)) for each in (before, after))
             # Up to the rounding of float32.
             assert second <= first * (1 + 1e-3) + 1e-10 * np.max(np.square(values[head]))
             gained += second < 0.9 * first
@@ -229,7 +226,7 @@ def test_better_for_queries_that_are_no_samples(far, count, most):
 
 
 def coreset_of(head, coreset):
-    return cj.Coreset(*(array[head] for array in coreset))
+    return jax.tree.map(lambda array: array[head], coreset)
 
 
 @pytest.mark.parametrize("name", REFITS)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coreset_jax._src.core.coreset import SignedCoreset, gather
+from coreset_jax._src.core.coreset import gather, with_normalizers
 
 HEADS = (2, 3)
 
@@ -34,4 +34,4 @@ def signed(coreset, seed):
     rng = np.random.default_rng(seed)
     normalizers = jnp.asarray(rng.normal(1, 0.5, coreset.log_weights.shape), jnp.float32)
     values = 1.01 * normalizers[..., None] * coreset.values
-    return SignedCoreset(*coreset._replace(values=values), normalizers)
+    return with_normalizers(coreset._replace(values=values), normalizers)

@@ -45,7 +45,7 @@ def search(seed, keys, values, coreset, *, rho, scale=1.0, lengths=96):
 
 def errors64(queries, keys, values, coreset, head, scale=1.0, length=96):
     """Float64 errors of queries [q, d] of one head."""
-    kept = [array[head] for array in coreset]
+    kept = [array[head] for array in coreset[:4]]
     given = brute_force.attention(queries, keys[head][:length], values[head][:length], scale=scale)
     read = brute_force.attention(queries, *kept[:3], scale=scale)
     return np.linalg.norm(given - read, axis=-1)
@@ -134,9 +134,30 @@ def test_small_errors_are_exact_in_float32():
         assert float(worst.error[head]) == pytest.approx(exact, abs=2e-6)
 
 
+def test_the_scale_is_the_coresets():
+    keys, values, coreset = instance(1)
+    carried = coreset._replace(scale=0.7)
+    expected = search(0, keys, values, coreset, rho=1.0, scale=0.7)
+    chex.assert_trees_all_equal(search(0, keys, values, carried, rho=1.0, scale=None), expected)
+    with pytest.raises(ValueError, match=r"made for, 0\.7; got 0\.5"):
+        search(0, keys, values, carried, rho=1.0, scale=0.5)
+
+
+@pytest.mark.slow
+def test_every_head_is_searched_at_its_own_scale():
+    keys, values, coreset = instance(1)
+    scales = np.linspace(0.3, 2.0, 6).reshape(HEADS).astype(np.float32)
+    carried = coreset._replace(scale=scales)
+    worst = search(0, keys, values, carried, rho=1.0, scale=None)
+    for head in np.ndindex(HEADS):
+        query = worst.query[head][None]
+        exact = errors64(query, keys, values, coreset, head, scale=float(scales[head]))
+        assert float(worst.error[head]) == pytest.approx(exact[0], rel=1e-3)
+
+
 def test_grows_with_the_ball():
     keys, values, coreset = instance(1)
-    same = [jnp.broadcast_to(array[:1, :1], array.shape) for array in (keys, values, *coreset)]
+    same = [jnp.broadcast_to(array[:1, :1], array.shape) for array in (keys, values, *coreset[:4])]
     rho = np.reshape([0.125, 0.5, 1.0, 2.0, 4.0, 16.0], HEADS)
     errors = np.ravel(search(0, *same[:2], Coreset(*same[2:]), rho=rho).error)
     assert all(after >= 0.999 * before for before, after in itertools.pairwise(errors))

@@ -144,7 +144,7 @@ def test_no_share_is_below_its_value_in_float64(degrees, has_signs):
         np.asarray, (keys, values, coreset, promised, unit)
     )
     for head in np.ndindex(HEADS):
-        pairs = type(coreset)(*(array[head] for array in coreset))
+        pairs = jax.tree.map(lambda array, head=head: array[head], coreset)
         standardization = type(unit)(*(array[head] for array in unit))
         atoms = measure64(keys[head], values[head], pairs, standardization)
         numerator, denominator = shares64(*atoms, RADII[head], degrees)
@@ -206,7 +206,7 @@ def test_a_subset_is_recognized_and_nothing_else_is_taken_for_one():
     keys, values, coreset = instance(4)
     plain = bound(keys, values, coreset)
     # The same measure, with the atoms of both sides kept apart.
-    ones = SignedCoreset(*coreset, jnp.ones_like(coreset.log_weights))
+    ones = SignedCoreset(*coreset[:4], jnp.ones_like(coreset.log_weights))
     for same in (ones, coreset._replace(indices=coreset.indices * 0)):
         np.testing.assert_allclose(bound(keys, values, same).error, plain.error, rtol=1e-3)
     # Other values behind the same indices.
@@ -219,13 +219,37 @@ def test_a_subset_is_recognized_and_nothing_else_is_taken_for_one():
     assert np.all(found64(keys, values, twice, 1.0) <= bound(keys, values, twice).error)
 
 
+def test_the_scale_is_the_coresets():
+    keys, values, coreset = instance(4)
+    carried = coreset._replace(scale=1.0)
+    expected = bound(keys, values, coreset, scale=1.0)
+    for scale in (None, 1.0):
+        np.testing.assert_array_equal(
+            bound(keys, values, carried, scale=scale).error, expected.error
+        )
+    with pytest.raises(ValueError, match=r"made for, 1; got 0\.5"):
+        bound(keys, values, carried, scale=0.5)
+
+
+@pytest.mark.slow
+def test_heads_with_scales_of_their_own_are_heads_of_other_keys():
+    keys, values, coreset = instance(4)
+    scales = np.array([[0.3, 0.5, 0.8], [1.0, 1.5, 2.0]], np.float32)
+    found = bound(keys, values, coreset._replace(scale=scales), scale=None)
+    factors = scales[..., None, None]
+    longer = coreset._replace(keys=factors * coreset.keys)
+    expected = bound(factors * keys, values, longer)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
 def test_a_denominator_that_may_vanish_has_no_bound():
     keys, values, coreset = instance(5)
     center = np.mean(keys[..., :COUNT, :], axis=-2, keepdims=True)
     distances = np.linalg.norm(coreset.keys - center, axis=-1) * (coreset.indices >= 0)
     furthest = np.arange(SLOTS) == np.argmax(distances, axis=-1)[..., None]
     signs = np.where(furthest, -1, 1).astype(np.float32)
-    vanishing = SignedCoreset(*coreset, jnp.asarray(signs))
+    vanishing = SignedCoreset(*coreset[:4], jnp.asarray(signs))
     rho = np.array([[20.0, 20.0, 20.0], [0.1, 0.1, 0.1]])
     promised = bound(keys, values, vanishing, rho=rho)
     assert np.all(np.isposinf(promised.error[0]))

@@ -18,6 +18,7 @@ from coreset_jax.guarantees import hard_instances
 from coreset_jax.guarantees.hard_instances import coreset_instance, index_game, sketch_instance
 from coreset_jax.guarantees.sizes import decoding_bound
 from tests.brute_force import attention
+from tests.compressors import scaled
 
 RHO, WIDTH, SEEDS = 3.0, 32, 4
 # 25 codewords of width 128: 800 pairs of one bit, and 25 pairs of 32.
@@ -129,6 +130,12 @@ def test_a_choice_that_knows_the_bits_tells_more_than_a_blind_one():
     blind = decoding_bound(count, size, choice="blind")
     assert np.mean(clever.success) > blind + 0.03
     assert np.mean(clever.success) < decoding_bound(count, size, choice="equal")
+
+
+def test_the_game_is_read_at_scale_one():
+    drawn = instances("coreset")
+    with pytest.raises(ValueError, match=r"made for, 0\.5; got 1"):
+        index_game(jax.random.key(0), drawn, scaled(scale=0.5), 12)
 
 
 def test_equal_pairs_may_be_merged_into_one_of_their_weight():

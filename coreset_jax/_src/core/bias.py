@@ -1,14 +1,20 @@
 """A coreset for attention that takes a bias: log-weights in the layout of the scores."""
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from coreset_jax._src import checks
-from coreset_jax._src.core.coreset import Coreset, SignedCoreset
+from coreset_jax._src.attention import default_scale
+from coreset_jax._src.core.coreset import Coreset, SignedCoreset, scale_of
 
 
 def attention_bias(
-    coreset: Coreset, *, num_query_heads: int | None = None, query_length: int = 1
+    coreset: Coreset,
+    *,
+    num_query_heads: int | None = None,
+    query_length: int = 1,
+    scale: ArrayLike | None = None,
 ) -> Float[Array, "*batch query_heads query_length m"]:
     """What to add to the scores of a coreset's keys, ``-inf`` for empty slots.
 
@@ -22,13 +28,16 @@ def attention_bias(
       num_query_heads: query heads, a multiple of ``kv_heads``; query head ``h`` reads key-value
         head ``h // (num_query_heads // kv_heads)``. ``None`` means ``kv_heads``.
       query_length: queries of a head, all of whom have the same bias; 1 is broadcast to any number.
+      scale: the softmax scale that this attention is called with; ``None`` means ``1/sqrt(d)``. It
+        does not change the bias: a coreset that was made for another one is refused, or has a bias
+        of NaN where that cannot be seen under ``jit``.
 
     Returns:
       The bias ``[..., num_query_heads, query_length, m]``, in the dtype of the log-weights.
 
     Raises:
-      ValueError: if the coreset has no axis of heads, is signed, or the query heads are no
-        multiple of its heads.
+      ValueError: if the coreset has no axis of heads, is signed, or was made for another scale, or
+        if the query heads are no multiple of its heads.
 
     >>> import jax, jax.numpy as jnp, coreset_jax as cj
     >>> keys, values = jax.random.normal(jax.random.key(0), (2, 1, 4, 512, 16))
@@ -50,6 +59,7 @@ def attention_bias(
         raise ValueError(
             f"coreset must have log_weights [..., kv_heads, m]; got {weights.shape}, without heads."
         )
+    weights = _read_with(coreset, scale)
     heads = weights.shape[-2]
     num_query_heads = heads if num_query_heads is None else num_query_heads
     checks.check_count("num_query_heads", num_query_heads)
@@ -62,3 +72,19 @@ def attention_bias(
     bias = jnp.repeat(weights, num_query_heads // heads, axis=-2)[..., None, :]
     shape = (*bias.shape[:-2], query_length, bias.shape[-1])
     return bias if query_length == 1 else jnp.broadcast_to(bias, shape)
+
+
+def _read_with(coreset: Coreset, scale: ArrayLike | None) -> Float[Array, "*heads m"]:
+    """The log-weights, NaN in heads that turn out to be made for another scale."""
+    if coreset.scale is None:
+        checks.check_positive("scale", scale, coreset.keys.shape[:-2])
+        return coreset.log_weights
+    if scale is None and not checks.is_known(coreset.scale):
+        raise ValueError(
+            "scale must be given, that of the attention the bias is for: the coreset was made for "
+            "one, which is traced."
+        )
+    scale = scale_of(coreset, default_scale(coreset.keys.shape[-1]) if scale is None else scale)
+    if checks.is_known(scale):
+        return coreset.log_weights
+    return jnp.where(jnp.isnan(jnp.asarray(scale))[..., None], jnp.nan, coreset.log_weights)

@@ -10,7 +10,8 @@ To add one, write a class with a docstring, its options as fields, and ``compres
 
 It goes into a file of its own: methods of this library beside ``balancing.py``, all others into
 ``coreset_jax/baselines/``. Declare ``rho``, ``query_norm`` and ``scale`` as leaves if it has use
-for them, and set ``keeps_pairs = False`` if its keys or values are not those of the source.
+for them, and set ``keeps_pairs = False`` if its keys or values are not those of the source. A
+``scale`` that is given travels with the coreset.
 
 Everything else is done around it (:mod:`coreset_jax._src.core.driver`): checks, masks, random keys,
 units, many heads, compilation.
@@ -41,6 +42,10 @@ class QueryBall(NamedTuple):
     query_norm: ArrayLike | None = None
     scale: ArrayLike | None = None
 
+    def at_scale(self, scale: ArrayLike) -> "QueryBall":
+        """The same queries at this softmax scale, unless they have one."""
+        return self._replace(scale=scale) if self.scale is None else self
+
 
 def leaf(*, default: Any = dataclasses.MISSING, kw_only: bool = True) -> Any:
     """An option that is an array, one number or one a head, or another compressor.
@@ -62,7 +67,7 @@ class Compressor:
     Attributes:
       rho: the radius of unit queries, or ``None``; see :func:`coreset_jax.geometry.standardize`.
       query_norm: largest norm of a raw query, or ``None``.
-      scale: the softmax scale, or ``None`` for ``1/sqrt(d)``.
+      scale: the softmax scale, or ``None`` for ``1/sqrt(d)``; coresets carry it.
       needs_queries: whether it cannot do without sample queries.
       keeps_pairs: whether what it keeps are pairs of the source, bit by bit.
       signed: whether it returns a :class:`~coreset_jax.baselines.SignedCoreset`.
@@ -119,6 +124,11 @@ class Compressor:
     def query_ball(self) -> QueryBall:
         """Which queries it is made for."""
         return QueryBall(self.rho, self.query_norm, self.scale)
+
+    @property
+    def coreset_scale(self) -> ArrayLike | None:
+        """The softmax scale that its coresets are read with, ``None`` if it was given none."""
+        return self.query_ball.scale
 
     def compress_head(self, head: Head, size: int) -> tuple[Coreset, Info]:
         """The coreset of one head in ``size`` slots, and what happened; for subclasses to define.
@@ -215,7 +225,7 @@ class Compressor:
         Returns:
           A coreset with ``min(size, n)`` slots a head; ``size >= n`` returns the cache itself. A
           head with a NaN or an infinity among its pairs, or among the samples that are used, has
-          NaN log-weights.
+          NaN log-weights. With the option ``scale`` the coreset carries it, and is read with it.
 
         Its derivatives are those of the function with the choice of pairs held, which is constant
         almost everywhere: pairs that are kept have those of the pairs of the source, and fits those

@@ -1,7 +1,7 @@
 """The coreset: a few weighted pairs in place of a cache, and what is done with its slots."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from coreset_jax._src import checks
 from coreset_jax._src.attention import attention
+from coreset_jax._src.core.scale import reading_scale, shared_scale
 from coreset_jax._src.precision import accumulation_dtype
 
 
@@ -24,12 +25,15 @@ class Coreset(NamedTuple):
         slot; NaN throughout a head whose source held a NaN or an infinity.
       indices: positions in the source ``[..., m]``, int32, distinct, ascending; -1 in an
         empty slot.
+      scale: the softmax scale that it was made for ``[...]``, which :func:`attend` reads it with;
+        ``None`` if the compression was given none.
     """
 
     keys: Float[Array, "*heads m d"]
     values: Float[Array, "*heads m dv"]
     log_weights: Float[Array, "*heads m"]
     indices: Int[Array, "*heads m"]
+    scale: Float[Array, "*heads"] | None = None
 
 
 class SignedCoreset(NamedTuple):
@@ -41,6 +45,7 @@ class SignedCoreset(NamedTuple):
       log_weights: as in a :class:`Coreset`.
       indices: as in a :class:`Coreset`.
       normalizers: what stands for it in the denominator in place of one, ``[..., m]``.
+      scale: as in a :class:`Coreset`.
     """
 
     keys: Float[Array, "*heads m d"]
@@ -48,6 +53,7 @@ class SignedCoreset(NamedTuple):
     log_weights: Float[Array, "*heads m"]
     indices: Int[Array, "*heads m"]
     normalizers: Float[Array, "*heads m"]
+    scale: Float[Array, "*heads"] | None = None
 
 
 AnyCoreset = TypeVar("AnyCoreset", Coreset, SignedCoreset)
@@ -58,6 +64,30 @@ def normalizers(coreset: Coreset | SignedCoreset) -> Float[Array, "*heads m"]:
     if isinstance(coreset, SignedCoreset):
         return coreset.normalizers
     return jnp.ones_like(coreset.log_weights)
+
+
+def with_normalizers(coreset: Coreset, normalizers: Float[Array, "*heads m"]) -> SignedCoreset:
+    """The coreset with numbers of their own for its pairs in the denominator."""
+    return SignedCoreset(**coreset._asdict(), normalizers=normalizers)
+
+
+def scale_of(coreset: Coreset | SignedCoreset, scale: ArrayLike | None = None) -> ArrayLike | None:
+    """The softmax scale to read a coreset with: its own, or what the reader gives.
+
+    ``None`` if neither is there. Raises ``ValueError`` where both are and differ; see
+    :func:`coreset_jax._src.core.scale.reading_scale`.
+    """
+    return reading_scale(coreset.scale, scale, coreset.keys.shape[:-2])
+
+
+def _over_slots(function: Callable[..., Array], *coresets: AnyCoreset) -> AnyCoreset:
+    """A function of each array that has slots; the scale, which has none, is that of all."""
+    scale: Any = None
+    for each in coresets:
+        scale = shared_scale("parts of a coreset", scale, each.scale)
+    arrays = [each._replace(scale=None) for each in coresets]
+    mapped: AnyCoreset = jax.tree.map(function, *arrays)
+    return mapped._replace(scale=scale)
 
 
 def gather(
@@ -137,7 +167,8 @@ def emptied(coreset: AnyCoreset, slots: Array) -> AnyCoreset:
         mask = slots.reshape(*slots.shape, *(1,) * (leaf.ndim - coreset.indices.ndim))
         return jnp.where(mask, jnp.asarray(filling.get(name, 0), leaf.dtype), leaf)
 
-    return coreset._replace(**{name: empty(name, leaf) for name, leaf in coreset._asdict().items()})
+    fields = coreset._asdict().items()
+    return coreset._replace(**{name: empty(name, e) for name, e in fields if name != "scale"})
 
 
 def whole_cache(
@@ -177,7 +208,7 @@ def padded(coreset: AnyCoreset, size: int) -> AnyCoreset:
         widths[coreset.indices.ndim - 1] = (0, size - slots)
         return jnp.pad(leaf, widths)
 
-    wide = emptied(jax.tree.map(pad, coreset), jnp.arange(size) >= slots)
+    wide = emptied(_over_slots(pad, coreset), jnp.arange(size) >= slots)
     return wide._replace(log_weights=jnp.where(broken, jnp.nan, wide.log_weights))
 
 
@@ -189,7 +220,7 @@ def concatenated(parts: Sequence[AnyCoreset], size: int) -> AnyCoreset:
       size: slots of the result, at least the sum of the ``m_i``.
     """
     axis = parts[0].indices.ndim - 1
-    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=axis), *parts)
+    joined = _over_slots(lambda *leaves: jnp.concatenate(leaves, axis=axis), *parts)
     return padded(joined, size)
 
 
@@ -209,7 +240,7 @@ def _arranged(coreset: AnyCoreset, order: Int[Array, "*heads m"]) -> AnyCoreset:
         spots = order.reshape(*order.shape, *(1,) * (leaf.ndim - order.ndim))
         return jnp.take_along_axis(leaf, spots, axis=order.ndim - 1)
 
-    return jax.tree.map(arrange, coreset)
+    return _over_slots(arrange, coreset)
 
 
 def attend(
@@ -230,14 +261,17 @@ def attend(
     Args:
       queries: queries ``[..., q, d]`` with the leading axes of the coreset.
       coreset: any compressor's result.
-      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale, a scalar or ``[...]``. ``None`` means the one that the coreset was
+        made for, ``coreset.scale``, and ``1/sqrt(d)`` if it has none. Any other than the coreset's
+        is an error; under ``jit`` or ``vmap``, where it cannot be seen, outputs are NaN in heads
+        whose scale differs.
       block_size: pairs per step, see :func:`coreset_jax.attention`.
 
     Returns:
       Outputs ``[..., q, dv]`` in the dtype of the coreset's values.
 
     Raises:
-      ValueError: if the queries do not fit the coreset's keys.
+      ValueError: if the queries do not fit the coreset's keys, or the scale is not the coreset's.
 
     >>> import jax, jax.numpy as jnp, coreset_jax as cj
     >>> keys, values = jax.random.normal(jax.random.key(0), (2, 512, 16))
@@ -245,6 +279,7 @@ def attend(
     >>> cj.attend(keys[:3], coreset).shape
     (3, 16)
     """
+    scale = scale_of(coreset, scale)
     columns = coreset.values
     if isinstance(coreset, SignedCoreset):
         # One more value column carries the denominator, so that any softmax kernel can serve it.

@@ -76,6 +76,10 @@ class Method(Protocol):
         """Radius and softmax scale of the queries it is made for."""
 
     @property
+    def coreset_scale(self) -> Any:
+        """The softmax scale that its coresets are read with, ``None`` if it was given none."""
+
+    @property
     def reads_queries(self) -> bool:
         """Whether sample queries change what it returns."""
 
@@ -156,7 +160,9 @@ def _compress(
     measured: bool,
 ) -> tuple[Coreset, Info]:
     cache = Cache(rng, keys, values, lengths, queries, scores, measured)
-    return compressor.on_heads(cache, size)
+    coreset, info = compressor.on_heads(cache, size)
+    scale = compressor.coreset_scale
+    return coreset if scale is None else coreset._replace(scale=spread(scale, cache)), info
 
 
 def spread(options: Options, cache: Cache) -> Options:

@@ -121,7 +121,7 @@ def check_radius(
     leading = keys.shape[:-2]
     checks.check_positive("rho", rho, leading)
     checks.check_positive("query_norm", query_norm, leading)
-    checks.check_positive("scale", scale)
+    checks.check_positive("scale", scale, leading)
     if rho is not None and query_norm is not None:
         raise ValueError("rho and query_norm both name the query radius; give one of them.")
     if queries is not None:
@@ -206,7 +206,7 @@ def standardize(
       rho: the radius of unit queries itself, a scalar or ``[...]``.
       query_norm: largest norm of a raw query, a scalar or ``[...]``.
       queries: sample raw queries ``[..., q, d]``; their largest norm is taken.
-      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale, a scalar or ``[...]``; ``None`` means ``1/sqrt(d)``.
       lengths: valid pairs of each head ``[...]``; ``None`` means all.
       log_weights: logarithms of the pairs' weights ``[..., n]``, of which centers are means then;
         ``None`` means that all are alike.

@@ -10,6 +10,7 @@ from coreset_jax._src import checks
 from coreset_jax._src.balance.walks import swap_refinement
 from coreset_jax._src.core.compressor import Compressor
 from coreset_jax._src.core.head import Head
+from coreset_jax._src.core.scale import shared_scale
 from coreset_jax._src.geometry.kernel_geometry import Geometry
 from coreset_jax._src.geometry.kernels import exponential_kernel, simultaneous_gram
 from coreset_jax._src.precision import matmul
@@ -45,6 +46,20 @@ def check_heads(
         compressor.check_call(block, block_size // 2, None)
 
 
+def stream_scale(scale: float | None, compressor: Compressor | None) -> float | None:
+    """The softmax scale of a stream: its own, or else its compressor's; ``None`` for the default.
+
+    Raises ``ValueError`` if the two differ, or that of the compressor is not one number.
+    """
+    theirs = None if compressor is None else compressor.coreset_scale
+    shared: Any = shared_scale("a stream and its compressor", scale, theirs)
+    if shared is None:
+        return None
+    if jnp.ndim(shared):
+        raise ValueError(f"scale must be one number for all heads of a stream, got {shared}.")
+    return float(shared)
+
+
 def options_of_heads(
     compressor: Compressor | None, like: Float[Array, "*heads"]
 ) -> Compressor | None:
@@ -62,7 +77,7 @@ def halve(
     """Halves some of the lightest pairs, by the compressor if there is one, or by the walk."""
     if settings.compressor is None:
         return _halve_by_walk(rng, pairs, sketch, geometry, settings)
-    return _halve_by_compressor(rng, pairs, settings.compressor, settings.block_size)
+    return _halve_by_compressor(rng, pairs, settings.compressor, settings)
 
 
 def _levels(weights: Float[Array, " s"]) -> Int[Array, " s"]:
@@ -113,13 +128,13 @@ def _halve_by_walk(
 
 
 def _halve_by_compressor(
-    rng: Array, pairs: Pairs, compressor: Compressor, block_size: int
+    rng: Array, pairs: Pairs, compressor: Compressor, settings: Settings
 ) -> Halving:
     """Halves a block of the lightest pairs by a compressor, which does not see their weights.
 
     Of what it returns only places and weights count: the pairs kept are those of the block.
     """
-    levels = _levels(pairs.weights)
+    levels, block_size = _levels(pairs.weights), settings.block_size
     places = jnp.lexsort((pairs.positions, levels))[:block_size]
     head = Head.prepare(
         rng,
@@ -129,7 +144,7 @@ def _halve_by_compressor(
         jnp.full_like(places[0], block_size),
         None,
         ragged=False,
-        **compressor.query_ball._asdict(),
+        **compressor.query_ball.at_scale(settings.scale)._asdict(),
     )
     coreset, _ = compressor.on_head(head, block_size // 2)
     multiples = jnp.exp(coreset.log_weights).astype(pairs.weights.dtype)

@@ -244,12 +244,22 @@ class TestCacheFile:
         keys, values = jax.random.normal(jax.random.key(0), (2, 2, 3, 32, 4), jnp.bfloat16)
         lengths = jnp.asarray([[32, 5, 9], [1, 8, 32]])
         coreset = cj.baselines.uniform()(jax.random.key(1), keys, values, size=8, lengths=lengths)
-        coreset = cj.baselines.SignedCoreset(*coreset, jnp.ones_like(coreset.log_weights))
+        coreset = cj.baselines.SignedCoreset(*coreset[:4], jnp.ones_like(coreset.log_weights))
         path = tmp_path / "cache.safetensors"
         cache_file.save(path, cache._replace(coreset=coreset))
         again = cache_file.load(path).coreset
         assert again.keys.dtype == jnp.bfloat16
         jax.tree.map(np.testing.assert_array_equal, coreset, again)
+
+    def test_a_scale(self, cache: cache_file.CompressedCache, tmp_path: pathlib.Path) -> None:
+        path = tmp_path / "cache.safetensors"
+        scale = jnp.asarray([[0.25, 0.5, 1.0], [1.0, 2.0, 4.0]])
+        coreset = cache.coreset._replace(scale=scale)
+        cache_file.save(path, cache._replace(coreset=coreset))
+        again = cache_file.load(path).coreset
+        np.testing.assert_array_equal(again.scale, scale)
+        queries = jax.random.normal(jax.random.key(2), (2, 3, 5, 4))
+        np.testing.assert_array_equal(cj.attend(queries, coreset), cj.attend(queries, again))
 
     @pytest.mark.parametrize(
         ("changes", "message"),

@@ -49,7 +49,7 @@ def invented_coreset(normalizers):
     # Some of them negative, as WildCat has them.
     signed = jnp.asarray(rng.uniform(-0.1, 1.0, (2, 2, 5)), jnp.float32)
     plain = cj.Coreset(keys, values, jnp.asarray(log_weights), jnp.zeros((2, 2, 5), jnp.int32))
-    return cj.baselines.SignedCoreset(*plain, signed) if normalizers else plain
+    return cj.baselines.SignedCoreset(*plain[:4], signed) if normalizers else plain
 
 
 def answer(query, coreset, row, head, keys, values):
@@ -276,7 +276,7 @@ def test_bytes_count_what_answers_depend_on():
     assert coreset_bytes(flat) == 2 * 8 * 7 * 4
     weighted = coreset._replace(log_weights=jnp.zeros((2, 8)).at[0, 0].set(1.0))
     assert coreset_bytes(weighted) == 2 * 8 * 8 * 4
-    signed = cj.baselines.SignedCoreset(*weighted, jnp.ones((2, 8)))
+    signed = cj.baselines.SignedCoreset(*weighted[:4], jnp.ones((2, 8)))
     assert coreset_bytes(signed) == 2 * 8 * 9 * 4
     # A slot that holds nothing takes nothing.
     empty = jnp.zeros((2, 8)).at[1, 6:].set(-jnp.inf)
