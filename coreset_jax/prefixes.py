@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import operator
 import os
 import pathlib
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from coreset_jax._src.core.packed import PackedCoreset, pack
 # What a file says that it is. Whoever changes what is in one counts the version up.
 _FORMAT, _VERSION = "coreset_jax.prefix", 1
 
-_FIELDS = ("keys", "values", "log_weights", "indices", "offsets")
+_FIELDS = ("keys", "values", "log_weights", "indices", "offsets", "scale")
 
 
 class PrefixFileError(ValueError):
@@ -83,8 +84,11 @@ class Prefix:
                 "coreset must have log_weights [layers, kv_heads, m]; got "
                 f"{coreset.log_weights.shape}."
             )
-        layers = (Coreset(*leaves) for leaves in zip(*coreset[:4], strict=True))
-        return cls(tuple(pack(each, page_size=page_size) for each in layers), int(length), model)
+        packed = []
+        for number in range(coreset.keys.shape[0]):
+            layer = jax.tree.map(operator.itemgetter(number), coreset)
+            packed.append(pack(layer, page_size=page_size))
+        return cls(tuple(packed), int(length), model)
 
     @property
     def nbytes(self) -> int:
@@ -121,6 +125,7 @@ def save(path: str | os.PathLike[str], prefix: Prefix) -> None:
         f"{number}.{name}": np.asarray(getattr(layer, name))
         for number, layer in enumerate(prefix.layers)
         for name in _FIELDS
+        if getattr(layer, name) is not None
     }
     header = {
         "format": _FORMAT,
@@ -177,7 +182,12 @@ def load(path: str | os.PathLike[str], *, model: str | None = None) -> Prefix:
         )
     layers = tuple(
         PackedCoreset(
-            **{name: _array(arrays[f"{number}.{name}"]) for name in _FIELDS}, page_size=page_size
+            **{
+                name: _array(arrays[f"{number}.{name}"])
+                for name in _FIELDS
+                if f"{number}.{name}" in arrays
+            },
+            page_size=page_size,
         )
         for number, page_size in enumerate(json.loads(header["page_sizes"]))
     )

@@ -19,21 +19,24 @@ RNG = np.random.default_rng(0)
 COUNTS = np.array([[8, 3], [1, 6], [4, 4]])
 
 
-def made(dtype=jnp.float32):
+def made(dtype=jnp.float32, scale=None):
     shape = (*COUNTS.shape, 8)
     coreset = cj.Coreset(
         jnp.asarray(RNG.normal(size=(*shape, 4)), dtype),
         jnp.asarray(RNG.normal(size=(*shape, 6)), dtype),
         jnp.asarray(RNG.normal(size=shape), jnp.float32),
         jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), shape),
+        None if scale is None else jnp.full(COUNTS.shape, scale),
     )
     held = jnp.asarray(np.arange(8) < COUNTS[..., None])
     return Prefix.of(emptied(coreset, ~held), length=1234, model="tiny", page_size=2)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_what_is_saved_is_loaded(tmp_path, dtype):
-    prefix = made(dtype)
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(jnp.float32, None), (jnp.bfloat16, 0.5), (jnp.float16, None)]
+)
+def test_what_is_saved_is_loaded(tmp_path, dtype, scale):
+    prefix = made(dtype, scale)
     save(tmp_path / "document.safetensors", prefix)
     loaded = load(tmp_path / "document.safetensors", model="tiny")
     chex.assert_trees_all_equal(loaded, prefix)

@@ -81,8 +81,11 @@ def test_scales_of_heads():
     coreset = ragged(COUNTS[0])
     queries = jax.random.normal(RNG, (4, 3, WIDTH))
     scales = jnp.array([0.1, 0.5, 1.0, 2.0])
-    packed = cj.pack(coreset, page_size=PAGE)
-    found = finish(packing.partial_attention_packed(queries, packed, scale=scales))
+    packed = cj.pack(coreset._replace(scale=scales), page_size=PAGE)
+    np.testing.assert_array_equal(cj.unpack(packed, size=SLOTS).scale, scales)
+    found = finish(packing.partial_attention_packed(queries, packed))
+    with pytest.raises(ValueError, match="scale must be that"):
+        packing.partial_attention_packed(queries, packed, scale=2 * scales)
     for head, scale in enumerate(scales):
         one = jax.tree.map(lambda leaf, head=head: leaf[head], coreset)
         expected = cj.attention(

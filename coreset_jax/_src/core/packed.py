@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from coreset_jax._src import checks
 from coreset_jax._src.attention import PartialAttention, partial_attention
 from coreset_jax._src.core.coreset import Coreset, SignedCoreset, emptied
+from coreset_jax._src.core.scale import reading_scale
 
 # Numbers of scores and outputs of pages that are held at a time.
 _NUMBERS = 2**24
@@ -20,7 +21,7 @@ _NUMBERS = 2**24
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "log_weights", "indices", "offsets"],
+    data_fields=["keys", "values", "log_weights", "indices", "offsets", "scale"],
     meta_fields=["page_size"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class PackedCoreset:
       indices: positions in the source ``[..., slots]``, int32; -1 in an empty slot.
       offsets: where heads begin, and the last one ends ``[..., heads + 1]``, int32.
       page_size: slots a page; offsets are multiples of it.
+      scale: as in a :class:`coreset_jax.Coreset`, ``[..., heads]``.
     """
 
     keys: Float[Array, "*batch slots d"]
@@ -48,6 +50,7 @@ class PackedCoreset:
     indices: Int[Array, "*batch slots"]
     offsets: Int[Array, "*batch bounds"]
     page_size: int
+    scale: Float[Array, "*batch heads"] | None = None
 
     @property
     def num_heads(self) -> int:
@@ -126,10 +129,18 @@ def _pack(
         ranks = slots - offsets[heads]
         inside = ranks < counts[heads]
         places = order[heads, jnp.minimum(ranks, order.shape[1] - 1)]
-        kept = emptied(Coreset(*(leaf[heads, places] for leaf in coreset)), ~inside)
+        kept = emptied(Coreset(*(leaf[heads, places] for leaf in coreset[:4])), ~inside)
         fits = offsets[-1] <= num_slots
         log_weights = jnp.where(fits, kept.log_weights, jnp.nan)
-        return PackedCoreset(kept.keys, kept.values, log_weights, kept.indices, offsets, page_size)
+        return PackedCoreset(
+            kept.keys,
+            kept.values,
+            log_weights,
+            kept.indices,
+            offsets,
+            page_size,
+            coreset.scale,
+        )
 
     over = of_entry
     for _ in range(counts.ndim - 1):
@@ -168,6 +179,7 @@ def unpack(packed: PackedCoreset, *, size: int) -> Coreset:
         places = jnp.minimum(slots, packed.keys.shape[0] - 1)
         fields = (packed.keys, packed.values, packed.log_weights, packed.indices)
         coreset = emptied(Coreset(*(field[places] for field in fields)), slots >= ends)
+        coreset = coreset._replace(scale=packed.scale)
         held = jnp.arange(packed.keys.shape[0], dtype=jnp.int32)
         ranks = held - packed.offsets[head_of(held, packed.offsets)]
         lost = (ranks >= size) & (packed.log_weights != -jnp.inf) & (held < packed.offsets[-1])
@@ -217,11 +229,16 @@ def partial_attention_packed(
     Args:
       queries: queries ``[..., heads, q, d]``.
       packed: the packed coreset ``[..., slots]``.
-      scale: the softmax scale, a scalar or ``[..., heads]``; ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale, a scalar or ``[..., heads]``; ``None`` means that of the coreset,
+        and ``1/sqrt(d)`` if it has none.
 
     Returns:
       The partial state ``[..., heads, q]``, in float32 or wider.
+
+    Raises:
+      ValueError: if the scale is not the coreset's.
     """
+    scale = reading_scale(packed.scale, scale, queries.shape[:-2])
     if scale is not None:
         scale = jnp.broadcast_to(jnp.asarray(scale), queries.shape[:-2])
     over = _over_pages
@@ -244,12 +261,9 @@ def _over_pages(
     firsts = jnp.arange(pages, dtype=jnp.int32) * packed.page_size
     owners = head_of(firsts, packed.offsets)
     scales = None if scale is None else scale[owners][:, None, None]
-    by_head: dict[str, Any] = {
-        "segment_ids": owners,
-        "num_segments": heads,
-        "indices_are_sorted": True,
-    }
-    summed = functools.partial(jax.ops.segment_sum, **by_head)
+
+    def reduced(segment: Callable[..., Array], each: Array) -> Array:
+        return segment(each, owners, num_segments=heads, indices_are_sorted=True)
 
     def read(queries: Float[Array, "heads q d"]) -> PartialAttention:
         states = partial_attention(
@@ -259,13 +273,13 @@ def _over_pages(
             paged(packed.log_weights),
             scale=scales,
         )
-        maximum = jax.ops.segment_max(states.maximum, **by_head)
+        maximum = reduced(jax.ops.segment_max, states.maximum)
         shift = jnp.where(jnp.isneginf(maximum), jnp.zeros_like(maximum), maximum)
         factors = jnp.exp(states.maximum - shift[owners])
         return PartialAttention(
             maximum,
-            summed(factors * states.total),
-            summed(factors[..., None] * states.output),
+            reduced(jax.ops.segment_sum, factors * states.total),
+            reduced(jax.ops.segment_sum, factors[..., None] * states.output),
         )
 
     at_once = max(_NUMBERS // (pages * (packed.page_size + packed.values.shape[-1])), 1)
