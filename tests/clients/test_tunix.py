@@ -21,7 +21,7 @@ from tests.clients import tiny
 ROOMY = {"size": 132, "sinks": 4, "window": 64, "block_size": 64}
 SMALL = {"size": 64, "sinks": 4, "window": 16, "block_size": 16}
 WINDOW_ONLY = {"size": 36, "sinks": 4, "window": 16, "block_size": 16}
-GLOBAL_LAYER = {"qwen3": 1, "llama3": 1, "gemma3": 5}
+GLOBAL_LAYER = {"gemma2": 1, "gemma3": 5, "gemma4": 1, "llama3": 1, "qwen2": 1, "qwen3": 1}
 BATCH = 2
 
 architectures = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -56,9 +56,10 @@ def test_without_a_cache_it_is_the_same_layer(architecture):
     inputs, positions = inputs_like(attention, 9), jnp.arange(9)[None]
     # Not causal: without a cache any mask will do.
     mask = jnp.ones((BATCH, 9, 9), bool)
-    cache, ours = wrapped(inputs, positions, None, mask)
-    assert cache is None
-    chex.assert_trees_all_equal(ours, attention(inputs, positions, None, mask)[1])
+    found, expected = (
+        tiny.call(layer, inputs, positions, None, mask) for layer in (wrapped, attention)
+    )
+    chex.assert_trees_all_equal(found, expected)
 
 
 @architectures
@@ -146,7 +147,9 @@ def test_window_only_is_the_plain_model_with_a_hole_in_its_mask():
 def test_compressors_plug_in(architecture, options):
     attention = global_attention(architecture)
     wrapped = wrap(attention, **{**SMALL, **options})
-    call = jax.jit(lambda inputs, positions, cache: wrapped(inputs, positions, cache, None))
+    call = jax.jit(
+        lambda inputs, positions, cache: tiny.call(wrapped, inputs, positions, cache, None)
+    )
     cache = wrapped.init_cache(BATCH)
     inputs = inputs_like(attention, 150)
     cache, _ = call(inputs[:, :100], jnp.arange(100)[None], cache)
@@ -171,7 +174,10 @@ def test_padding_takes_no_place(architecture, side):
     valid = jnp.concatenate([real, jnp.ones((BATCH, 6), bool).at[0, 2].set(False)], axis=1)
     shown = jnp.pad(valid, ((0, 0), (0, slots - valid.shape[1])))
     caches = [tiny.layer_cache(BATCH, slots), wrap(attention, **ROOMY).init_cache(BATCH)]
-    layers = [jax.jit(layer) for layer in (attention, wrap(attention, **ROOMY))]
+    layers = [
+        jax.jit(functools.partial(tiny.call, layer))
+        for layer in (attention, wrap(attention, **ROOMY))
+    ]
     start = 0
     for count in (prompt, 1, 1, 1, 3):
         some = slice(start, start + count)
