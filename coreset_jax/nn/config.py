@@ -26,7 +26,7 @@ class CacheConfig:
       query_norm: largest norm of a query; ``None`` means ``sqrt(head_dim)``.
       scale: the softmax scale; ``None`` means ``1/sqrt(head_dim)``.
       soft_cap: a bound that scores approach, see :func:`coreset_jax.attention`; ``None`` for none.
-        It is for reading: what is compressed is compressed for scores without a cap.
+        Fits to sample queries know of it, and all else compresses for scores without a cap.
       compressor: compresses prompts, sample queries given, and halves blocks of what leaves the
         window, where there are none and of what it returns only the choice of pairs and their
         weights count. Options that are arrays are one number or one a key-value head. ``None``

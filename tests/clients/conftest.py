@@ -4,6 +4,7 @@ import importlib.util
 
 NEEDS = {
     "test_coreax.py": "coreax",
+    "test_derivatives.py": "tunix",
     "test_docs.py": "tunix",
     "test_goodpoints.py": "goodpoints",
     "test_tunix.py": "tunix",

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from tunix.generate import sampler
 from tunix.models.gemma3 import model as gemma3
-from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen3 import model as qwen3
 
+import coreset_jax.nn.tunix as our_tunix
 from coreset_jax import baselines
 from coreset_jax.nn.tunix import init_cache, wrap, wrap_model
 from tests.clients import tiny
@@ -179,7 +179,8 @@ def test_padding_takes_no_place(architecture, side):
         for layer in (attention, wrap(attention, **ROOMY))
     ]
     start = 0
-    for count in (prompt, 1, 1, 1, 3):
+    # Gemma 4 reads one token at a time behind a prompt.
+    for count in (prompt, *[1] * 6) if architecture == "gemma4" else (prompt, 1, 1, 1, 3):
         some = slice(start, start + count)
         mask = tiny.causal_mask(start, count, slots) & shown[:, None]
         positions = numbers if start == 0 else numbers[:, -1:] + start + jnp.arange(count)
@@ -323,19 +324,14 @@ def test_wrong_use_is_refused():
 
 
 def test_attention_that_does_more_is_refused():
-    config = qwen2.ModelConfig(
-        num_layers=1,
-        vocab_size=tiny.VOCABULARY,
-        embed_dim=32,
-        hidden_dim=32,
-        num_heads=4,
-        head_dim=16,
-        num_kv_heads=2,
-        rope_theta=10_000,
-        norm_eps=1e-6,
-    )
+    partly = global_attention("qwen2")
+    partly.k_bias = None
     with pytest.raises(ValueError, match="q_bias"):
-        wrap(qwen2.Qwen2(config, rngs=nnx.Rngs(0)).layers[0].attn, **SMALL)
+        wrap(partly, **SMALL)
+    more = global_attention("qwen2")
+    more.sinks = nnx.Param(jnp.zeros(4))
+    with pytest.raises(ValueError, match="sinks"):
+        wrap(more, **SMALL)
     with pytest.raises(ValueError, match="parts"):
         wrap(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), **SMALL)
 
@@ -349,6 +345,88 @@ def test_attention_that_does_more_is_refused():
     Doubled.__module__ = qwen3.__name__
     with pytest.raises(ValueError, match="does more"):
         wrap(doubled, **SMALL)
+
+
+@pytest.mark.parametrize("soft_cap", [20.0, 50.0])
+def test_a_cap_that_the_wrapper_does_not_know_is_refused(monkeypatch, soft_cap):
+    attention = global_attention("gemma2", attn_logits_soft_cap=soft_cap)
+    assert wrap(attention, **SMALL).coreset_config.soft_cap == soft_cap
+    # Nor does it help to say the scale.
+    attention.scale = tiny.HEAD_DIM**-0.5
+    assert wrap(attention, **SMALL).coreset_config.soft_cap == soft_cap
+    monkeypatch.setattr(our_tunix, "soft_cap_of", lambda attention: None)
+    with pytest.raises(ValueError, match="large scores"):
+        wrap(attention, **SMALL)
+    plain = global_attention("gemma2", attn_logits_soft_cap=None)
+    assert wrap(plain, **SMALL).coreset_config.soft_cap is None
+
+
+@architectures
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rounding_of_large_scores_is_no_reason_to_refuse(architecture, dtype):
+    # Gemma 1 and 2 compute in the dtype of their parameters.
+    options = {} if architecture == "gemma2" else {"dtype": dtype, "param_dtype": dtype}
+    attention = global_attention(architecture, **options)
+    if not options:
+        state = nnx.state(attention)
+        nnx.update(attention, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
+    assert wrap(attention, **SMALL).init_cache(1)["coreset"].recent.keys.dtype == dtype
+
+
+def test_soft_capped_layers_are_themselves_at_scores_as_large_as_real_ones():
+    attention = global_attention("gemma2", attn_logits_soft_cap=50.0)
+    inputs, positions = 7 * inputs_like(attention, 40), jnp.arange(40)[None]
+    wrapped = wrap(attention, **ROOMY)
+    queries, keys, _ = our_tunix.project(wrapped, inputs, positions)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", queries[:, :, ::2], keys) / 4
+    assert jnp.max(scores) > 100
+    mask = jnp.broadcast_to(tiny.causal_mask(0, 40, 40), (BATCH, 40, 40))
+    expected = attention(inputs, positions, None, mask)[1]
+    cache, found = wrapped(inputs[:, :39], positions[:, :39], wrapped.init_cache(BATCH), None)
+    _, last = wrapped(inputs[:, 39:], positions[:, 39:], cache, None)
+    found = jnp.concatenate([found, last], axis=1)
+    chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-4)
+    uncapped = global_attention("gemma2", attn_logits_soft_cap=None)
+    wrong = uncapped(inputs, positions, None, mask)[1]
+    assert jnp.linalg.norm(wrong - expected) > 0.1 * jnp.linalg.norm(expected)
+
+
+def test_layers_that_share_a_cache_are_wrapped_together():
+    model = tiny.build("gemma4")
+    for layers in ([1], [3]):
+        with pytest.raises(ValueError, match="both or neither of 1 and 3"):
+            wrap_model(model, layers, **SMALL)
+    wrap_model(model, **SMALL)
+    assert [hasattr(layer.attn, "coreset_config") for layer in model.layers] == [False, True] * 2
+    cache = model.init_cache(BATCH, 40)
+    assert cache.keys() == {"layer_0", "layer_1"}
+    # A window of eight in a ring of eight.
+    assert cache["layer_0"]["k"].shape[1] == 8
+    shared, inputs = model.layers[3].attn, inputs_like(model.layers[3].attn, 2)
+    with pytest.raises(ValueError, match="kv_shared_cache"):
+        shared(inputs, jnp.arange(2)[None], None, None, kv_shared_cache=cache["layer_1"])
+
+
+def test_values_that_are_raw_keys_are_carried():
+    attention = global_attention("gemma4", k_eq_v_global=True, num_global_kv_heads=1)
+    assert not hasattr(attention, "kv_einsum")
+    wrapped = wrap(attention, **ROOMY)
+    inputs, positions = inputs_like(attention, 20), jnp.arange(20)[None]
+    mask = jnp.broadcast_to(tiny.causal_mask(0, 20, 20), (BATCH, 20, 20))
+    expected = attention(inputs, positions, None, mask)[1]
+    found = wrapped(inputs, positions, wrapped.init_cache(BATCH), None)[1]
+    chex.assert_trees_all_close(found, expected, rtol=0, atol=2e-6)
+
+
+def test_latent_attention_is_refused_by_name():
+    class Latent(nnx.Module):
+        def __init__(self):
+            self.q_proj, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj = (
+                nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(4)
+            )
+
+    with pytest.raises(ValueError, match=r"latent.*kv_a_proj_with_mqa"):
+        wrap(Latent(), **SMALL)
 
 
 def test_wrong_calls_are_refused():
