@@ -6,6 +6,7 @@ NEEDS = {
     "test_coreax.py": "coreax",
     "test_derivatives.py": "tunix",
     "test_docs.py": "tunix",
+    "test_families.py": "tunix",
     "test_goodpoints.py": "goodpoints",
     "test_tunix.py": "tunix",
     "tiny.py": "tunix",

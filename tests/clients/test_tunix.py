@@ -12,7 +12,6 @@ from tunix.generate import sampler
 from tunix.models.gemma3 import model as gemma3
 from tunix.models.qwen3 import model as qwen3
 
-import coreset_jax.nn.tunix as our_tunix
 from coreset_jax import baselines
 from coreset_jax.nn.tunix import init_cache, wrap, wrap_model
 from tests.clients import tiny
@@ -21,19 +20,9 @@ from tests.clients import tiny
 ROOMY = {"size": 132, "sinks": 4, "window": 64, "block_size": 64}
 SMALL = {"size": 64, "sinks": 4, "window": 16, "block_size": 16}
 WINDOW_ONLY = {"size": 36, "sinks": 4, "window": 16, "block_size": 16}
-GLOBAL_LAYER = {"gemma2": 1, "gemma3": 5, "gemma4": 1, "llama3": 1, "qwen2": 1, "qwen3": 1}
 BATCH = 2
 
 architectures = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-
-
-def global_attention(architecture, **options):
-    return tiny.build(architecture, **options).layers[GLOBAL_LAYER[architecture]].attn
-
-
-def inputs_like(attention, count, batch=BATCH):
-    output = attention.attn_vec_einsum if hasattr(attention, "kv_einsum") else attention.o_proj
-    return jax.random.normal(jax.random.key(3), (batch, count, output.shape[-1]))
 
 
 @architectures
@@ -50,10 +39,10 @@ def test_nothing_compressed_is_the_plain_model(architecture):
 
 @architectures
 def test_without_a_cache_it_is_the_same_layer(architecture):
-    attention = global_attention(architecture)
+    attention = tiny.global_attention(architecture)
     wrapped = wrap(attention, **SMALL)
     assert isinstance(wrapped, type(attention))
-    inputs, positions = inputs_like(attention, 9), jnp.arange(9)[None]
+    inputs, positions = tiny.inputs_like(attention, 9), jnp.arange(9)[None]
     # Not causal: without a cache any mask will do.
     mask = jnp.ones((BATCH, 9, 9), bool)
     found, expected = (
@@ -77,7 +66,7 @@ def test_decoding_takes_one_trace_and_no_more_memory(architecture):
     model, slots = tiny.build(architecture), 320
     wrap_model(model, **SMALL)
     cache = model.init_cache(BATCH, slots)
-    layer = f"layer_{GLOBAL_LAYER[architecture]}"
+    layer = f"layer_{tiny.GLOBAL_LAYER[architecture]}"
     size = tiny.cache_bytes(cache)
     chex.clear_trace_counter()
 
@@ -99,7 +88,8 @@ def test_decoding_takes_one_trace_and_no_more_memory(architecture):
     assert jnp.all(jnp.sum(held.positions >= 0, axis=-1) <= SMALL["size"])
 
 
-@architectures
+# With norms of queries and keys, with a soft cap, and with caches that layers share.
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "gemma4"])
 def test_long_prompts_are_compressed_at_once(architecture):
     model, slots, prompt = tiny.build(architecture), 320, 300
     tokens = tiny.random_tokens(BATCH, 306)
@@ -114,7 +104,7 @@ def test_long_prompts_are_compressed_at_once(architecture):
 
 def test_gemmas_scale_is_taken():
     norm = gemma3.QueryPreAttentionNormalisation.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS
-    attention = global_attention("gemma3", query_pre_attn_norm=norm)
+    attention = tiny.global_attention("gemma3", query_pre_attn_norm=norm)
     assert wrap(attention, **SMALL).coreset_config.scale == 8**-0.5
 
 
@@ -145,13 +135,13 @@ def test_window_only_is_the_plain_model_with_a_hole_in_its_mask():
 @architectures
 @pytest.mark.parametrize("options", [{"compressor": baselines.uniform()}, WINDOW_ONLY])
 def test_compressors_plug_in(architecture, options):
-    attention = global_attention(architecture)
+    attention = tiny.global_attention(architecture)
     wrapped = wrap(attention, **{**SMALL, **options})
     call = jax.jit(
         lambda inputs, positions, cache: tiny.call(wrapped, inputs, positions, cache, None)
     )
     cache = wrapped.init_cache(BATCH)
-    inputs = inputs_like(attention, 150)
+    inputs = tiny.inputs_like(attention, 150)
     cache, _ = call(inputs[:, :100], jnp.arange(100)[None], cache)
     for i in range(100, 150):
         cache, outputs = call(inputs[:, i : i + 1], jnp.full((BATCH, 1), i), cache)
@@ -162,13 +152,13 @@ def test_compressors_plug_in(architecture, options):
 @architectures
 @pytest.mark.parametrize("side", ["left", "right", "anywhere"])
 def test_padding_takes_no_place(architecture, side):
-    attention, slots, prompt = global_attention(architecture), 24, 12
+    attention, slots, prompt = tiny.global_attention(architecture), 24, 12
     real = {
         "left": jnp.arange(prompt) >= jnp.array([[5], [0]]),
         "right": jnp.arange(prompt) < jnp.array([[7], [12]]),
         "anywhere": jnp.arange(prompt) % 3 != jnp.array([[0], [1]]),
     }[side]
-    inputs = inputs_like(attention, prompt + 6)
+    inputs = tiny.inputs_like(attention, prompt + 6)
     numbers = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     # The generated tokens; one of them is padding.
     valid = jnp.concatenate([real, jnp.ones((BATCH, 6), bool).at[0, 2].set(False)], axis=1)
@@ -237,9 +227,9 @@ def test_samplers_need_no_change(architecture, beams):
 
 
 def test_caches_may_be_narrower_than_the_model():
-    attention = global_attention("qwen3")
+    attention = tiny.global_attention("qwen3")
     wrapped = wrap(attention, **ROOMY)
-    inputs = inputs_like(attention, 20)
+    inputs = tiny.inputs_like(attention, 20)
     call = jax.jit(lambda cache: wrapped(inputs, jnp.arange(20)[None], cache, None))
     exact, rounded = (call(wrapped.init_cache(BATCH, dtype)) for dtype in (None, jnp.bfloat16))
     assert rounded[0]["coreset"].recent.keys.dtype == jnp.bfloat16
@@ -250,8 +240,8 @@ def test_caches_may_be_narrower_than_the_model():
 @pytest.mark.parametrize("architecture", ["llama3", "gemma3"])
 def test_strict_promotion_is_passed_on(architecture):
     """To the models' own parts, which refuse integer positions by themselves."""
-    wrapped = wrap(global_attention(architecture), **ROOMY)
-    inputs, positions = inputs_like(wrapped, 9), jnp.arange(9.0)[None]
+    wrapped = wrap(tiny.global_attention(architecture), **ROOMY)
+    inputs, positions = tiny.inputs_like(wrapped, 9), jnp.arange(9.0)[None]
     mask = jnp.broadcast_to(tiny.causal_mask(0, 9, 12), (BATCH, 9, 12))
     call = jax.jit(lambda cache, mask: wrapped(inputs, positions, cache, mask))
     expected = call(wrapped.init_cache(BATCH), mask)
@@ -263,7 +253,7 @@ def test_strict_promotion_is_passed_on(architecture):
 
 @architectures
 def test_layers_wrapped_alike_have_equal_graphs(architecture):
-    attentions = [global_attention(architecture) for _ in range(2)]
+    attentions = [tiny.global_attention(architecture) for _ in range(2)]
     one, other = (nnx.split(wrap(each, **SMALL))[0] for each in attentions)
     assert nnx.split(attentions[0])[0] == nnx.split(attentions[1])[0]
     assert one == other
@@ -289,9 +279,9 @@ def test_only_the_layers_named_are_wrapped():
 
 
 def test_a_fresh_cache_of_the_model_will_do():
-    attention = global_attention("llama3")
+    attention = tiny.global_attention("llama3")
     wrapped = wrap(attention, **SMALL)
-    inputs, positions = inputs_like(attention, 70), jnp.arange(70)[None]
+    inputs, positions = tiny.inputs_like(attention, 70), jnp.arange(70)[None]
     call = jax.jit(lambda cache: wrapped(inputs, positions, cache, None))
     one, _ = call(tiny.layer_cache(BATCH, 1))
     other, _ = call(wrapped.init_cache(BATCH))
@@ -323,116 +313,10 @@ def test_wrong_use_is_refused():
         model.init_cache(BATCH, 0)
 
 
-def test_attention_that_does_more_is_refused():
-    partly = global_attention("qwen2")
-    partly.k_bias = None
-    with pytest.raises(ValueError, match="q_bias"):
-        wrap(partly, **SMALL)
-    more = global_attention("qwen2")
-    more.sinks = nnx.Param(jnp.zeros(4))
-    with pytest.raises(ValueError, match="sinks"):
-        wrap(more, **SMALL)
-    with pytest.raises(ValueError, match="parts"):
-        wrap(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), **SMALL)
-
-    class Doubled(qwen3.Attention):
-        def block(self, *arguments, **options):
-            cache, outputs = super().block(*arguments, **options)
-            return cache, 2 * outputs
-
-    doubled = global_attention("qwen3")
-    doubled.__class__ = Doubled
-    Doubled.__module__ = qwen3.__name__
-    with pytest.raises(ValueError, match="does more"):
-        wrap(doubled, **SMALL)
-
-
-@pytest.mark.parametrize("soft_cap", [20.0, 50.0])
-def test_a_cap_that_the_wrapper_does_not_know_is_refused(monkeypatch, soft_cap):
-    attention = global_attention("gemma2", attn_logits_soft_cap=soft_cap)
-    assert wrap(attention, **SMALL).coreset_config.soft_cap == soft_cap
-    # Nor does it help to say the scale.
-    attention.scale = tiny.HEAD_DIM**-0.5
-    assert wrap(attention, **SMALL).coreset_config.soft_cap == soft_cap
-    monkeypatch.setattr(our_tunix, "soft_cap_of", lambda attention: None)
-    with pytest.raises(ValueError, match="large scores"):
-        wrap(attention, **SMALL)
-    plain = global_attention("gemma2", attn_logits_soft_cap=None)
-    assert wrap(plain, **SMALL).coreset_config.soft_cap is None
-
-
-@architectures
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_rounding_of_large_scores_is_no_reason_to_refuse(architecture, dtype):
-    # Gemma 1 and 2 compute in the dtype of their parameters.
-    options = {} if architecture == "gemma2" else {"dtype": dtype, "param_dtype": dtype}
-    attention = global_attention(architecture, **options)
-    if not options:
-        state = nnx.state(attention)
-        nnx.update(attention, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
-    assert wrap(attention, **SMALL).init_cache(1)["coreset"].recent.keys.dtype == dtype
-
-
-def test_soft_capped_layers_are_themselves_at_scores_as_large_as_real_ones():
-    attention = global_attention("gemma2", attn_logits_soft_cap=50.0)
-    inputs, positions = 7 * inputs_like(attention, 40), jnp.arange(40)[None]
-    wrapped = wrap(attention, **ROOMY)
-    queries, keys, _ = our_tunix.project(wrapped, inputs, positions)
-    scores = jnp.einsum("bqhd,bkhd->bhqk", queries[:, :, ::2], keys) / 4
-    assert jnp.max(scores) > 100
-    mask = jnp.broadcast_to(tiny.causal_mask(0, 40, 40), (BATCH, 40, 40))
-    expected = attention(inputs, positions, None, mask)[1]
-    cache, found = wrapped(inputs[:, :39], positions[:, :39], wrapped.init_cache(BATCH), None)
-    _, last = wrapped(inputs[:, 39:], positions[:, 39:], cache, None)
-    found = jnp.concatenate([found, last], axis=1)
-    chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-4)
-    uncapped = global_attention("gemma2", attn_logits_soft_cap=None)
-    wrong = uncapped(inputs, positions, None, mask)[1]
-    assert jnp.linalg.norm(wrong - expected) > 0.1 * jnp.linalg.norm(expected)
-
-
-def test_layers_that_share_a_cache_are_wrapped_together():
-    model = tiny.build("gemma4")
-    for layers in ([1], [3]):
-        with pytest.raises(ValueError, match="both or neither of 1 and 3"):
-            wrap_model(model, layers, **SMALL)
-    wrap_model(model, **SMALL)
-    assert [hasattr(layer.attn, "coreset_config") for layer in model.layers] == [False, True] * 2
-    cache = model.init_cache(BATCH, 40)
-    assert cache.keys() == {"layer_0", "layer_1"}
-    # A window of eight in a ring of eight.
-    assert cache["layer_0"]["k"].shape[1] == 8
-    shared, inputs = model.layers[3].attn, inputs_like(model.layers[3].attn, 2)
-    with pytest.raises(ValueError, match="kv_shared_cache"):
-        shared(inputs, jnp.arange(2)[None], None, None, kv_shared_cache=cache["layer_1"])
-
-
-def test_values_that_are_raw_keys_are_carried():
-    attention = global_attention("gemma4", k_eq_v_global=True, num_global_kv_heads=1)
-    assert not hasattr(attention, "kv_einsum")
-    wrapped = wrap(attention, **ROOMY)
-    inputs, positions = inputs_like(attention, 20), jnp.arange(20)[None]
-    mask = jnp.broadcast_to(tiny.causal_mask(0, 20, 20), (BATCH, 20, 20))
-    expected = attention(inputs, positions, None, mask)[1]
-    found = wrapped(inputs, positions, wrapped.init_cache(BATCH), None)[1]
-    chex.assert_trees_all_close(found, expected, rtol=0, atol=2e-6)
-
-
-def test_latent_attention_is_refused_by_name():
-    class Latent(nnx.Module):
-        def __init__(self):
-            self.q_proj, self.kv_a_proj_with_mqa, self.kv_b_proj, self.o_proj = (
-                nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(4)
-            )
-
-    with pytest.raises(ValueError, match=r"latent.*kv_a_proj_with_mqa"):
-        wrap(Latent(), **SMALL)
-
-
 def test_wrong_calls_are_refused():
-    attention = global_attention("qwen3")
+    attention = tiny.global_attention("qwen3")
     wrapped = wrap(attention, **SMALL)
-    inputs, positions = inputs_like(attention, 4), jnp.arange(4)[None]
+    inputs, positions = tiny.inputs_like(attention, 4), jnp.arange(4)[None]
     cache = wrapped.init_cache(BATCH)
     with pytest.raises(ValueError, match="segment_ids"):
         wrapped(inputs, positions, cache, None, segment_ids=positions)
@@ -448,8 +332,8 @@ def test_wrong_calls_are_refused():
 @pytest.mark.parametrize("slots", [4, 9])
 @pytest.mark.parametrize("fault", ["later", "hidden", "older"])
 def test_masks_that_are_not_causal_are_refused(fault, slots):
-    wrapped = wrap(global_attention("llama3"), **SMALL)
-    inputs, positions = inputs_like(wrapped, 4), jnp.arange(4)[None]
+    wrapped = wrap(tiny.global_attention("llama3"), **SMALL)
+    inputs, positions = tiny.inputs_like(wrapped, 4), jnp.arange(4)[None]
     start = 0 if slots == 4 else 3
     cache = wrapped.init_cache(BATCH)
     if start:

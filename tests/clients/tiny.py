@@ -11,6 +11,7 @@ from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen3 import model as qwen3
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama3", "gemma2", "gemma3", "gemma4")
+GLOBAL_LAYER = {"gemma2": 1, "gemma3": 5, "gemma4": 1, "llama3": 1, "qwen2": 1, "qwen3": 1}
 VOCABULARY = 64
 KV_HEADS, HEAD_DIM = 2, 16
 _SIZES = {
@@ -78,6 +79,17 @@ def call(attention, inputs, positions, cache, mask):
         return attention(inputs, cache, mask, sin, cos)
     # Gemma 4 returns keys and values as well.
     return attention(inputs, positions, cache, mask)[:2]
+
+
+def global_attention(architecture, **options):
+    """The attention of the first layer that sees the whole sequence."""
+    return build(architecture, **options).layers[GLOBAL_LAYER[architecture]].attn
+
+
+def inputs_like(attention, count, batch=2):
+    """Inputs of an attention."""
+    output = getattr(attention, "attn_vec_einsum", None) or attention.o_proj
+    return jax.random.normal(jax.random.key(3), (batch, count, output.shape[-1]))
 
 
 def layer_cache(batch: int, slots: int) -> dict:

@@ -100,7 +100,7 @@ def made_up(seed, keys, values, size=SIZE):
 
 
 def test_targets_under_a_cap_are_brute_force(x64):
-    """Scores are capped as they are: not after the shift by centered keys, which attention undoes."""
+    """Scores are capped as they are, and not behind the shift by centered keys."""
     soft_cap, (keys, values, queries) = 0.5, draw(3)
     keys += 2
     coreset = made_up(0, keys, values)
