@@ -143,6 +143,8 @@ class fitted(Compressor):  # noqa: N801
         alike, and the passes over the cache that moves take are those of a chunk.
       sinks: the first pairs that are kept; of few slots no more than an eighth.
       recent_fraction: the share of the slots that goes to the last pairs, at least 0 and below 1.
+      soft_cap: the cap of scores, for the fit to sample queries, see
+        :class:`coreset_jax.refit.matching`.
 
     A compressor; see :class:`coreset_jax.Compressor`. Weights say how many pairs of the cache a
     pair stands for, as they were fitted: they sum to the length only as well as the fit.
@@ -171,6 +173,7 @@ class fitted(Compressor):  # noqa: N801
     moved_together: int = 256
     sinks: int = 4
     recent_fraction: float = 0.125
+    soft_cap: float | None = None
     keeps_pairs = False
     composite = True
 
@@ -182,6 +185,7 @@ class fitted(Compressor):  # noqa: N801
         self.static_count("sinks", 0)
         fraction = checks.static_part("recent_fraction", self.recent_fraction)
         object.__setattr__(self, "recent_fraction", fraction)
+        object.__setattr__(self, "soft_cap", checks.static_float("soft_cap", self.soft_cap))
 
     @property
     def reads_queries(self) -> bool:
@@ -202,5 +206,6 @@ class fitted(Compressor):  # noqa: N801
         )
         stages = chunked(stages, chunk_size=self.chunk_size)
         if matched:
-            stages = chunked(refit.matching(stages), chunk_size=_MATCHED_TOGETHER)
+            matching = refit.matching(stages, soft_cap=self.soft_cap)
+            stages = chunked(matching, chunk_size=_MATCHED_TOGETHER)
         return keep_ends(stages, sinks=self.sinks, recent_fraction=self.recent_fraction)

@@ -25,6 +25,7 @@ from typing import Any
 
 from jax.typing import ArrayLike
 
+from coreset_jax._src import checks
 from coreset_jax._src.core.compressor import Wrapper, leaf
 from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.head import Head
@@ -260,6 +261,8 @@ class matching(_Matching):  # noqa: N801
         correction is made for.
       strength: how much :math:`G` counts beside the samples. A large one leaves the coreset as it
         was, and 0 cannot be.
+      soft_cap: the cap of the samples' scores, see :func:`coreset_jax.attention`; ``None`` for
+        none. Only this fit knows of it: the kernel has no cap.
       rho, query_norm, scale, kernel_radius: see :mod:`coreset_jax.refit`.
 
     It wants sample queries when called. Keys are the compressor's, bit by bit; values are not the
@@ -283,15 +286,17 @@ class matching(_Matching):  # noqa: N801
     """
 
     strength: float = 1.0
+    soft_cap: float | None = None
 
     def validate(self) -> None:
         """Raises ``ValueError`` on bad static options."""
         self.static_float("strength")
+        object.__setattr__(self, "soft_cap", checks.static_float("soft_cap", self.soft_cap))
 
     def fit_head(self, head: Head, coreset: Coreset, info: Info) -> tuple[Coreset, Info]:
         """Corrects weights and values by the samples."""
-        radius = self.kernel_radius
-        return correct_to_queries(head, coreset, info, radius, strength=self.strength)
+        radius, cap = self.kernel_radius, self.soft_cap
+        return correct_to_queries(head, coreset, info, radius, strength=self.strength, soft_cap=cap)
 
 
 class attention_matching(_Matching):  # noqa: N801

@@ -7,8 +7,21 @@ def double(*arrays):
     return tuple(np.asarray(array).astype(np.float64) for array in arrays)
 
 
-def attention(queries, keys, values, log_weights=None, *, scale=None, normalizers=None):
-    """Weighted softmax attention; a pair of weight zero is left out whatever it holds."""
+def attention(
+    queries,
+    keys,
+    values,
+    log_weights=None,
+    *,
+    scale=None,
+    normalizers=None,
+    soft_cap=None,
+    sink_logits=None,
+):
+    """Weighted softmax attention; a pair of weight zero is left out whatever it holds.
+
+    With ``sink_logits`` ``[..., q]`` queries have one more pair each, of value zero.
+    """
     queries, keys, values = double(queries, keys, values)
     scale = keys.shape[-1] ** -0.5 if scale is None else scale
     log_weights = np.zeros(keys.shape[:-1]) if log_weights is None else np.asarray(log_weights)
@@ -16,9 +29,15 @@ def attention(queries, keys, values, log_weights=None, *, scale=None, normalizer
     outputs = np.zeros((*queries.shape[:-1], values.shape[-1]))
     for head in np.ndindex(*keys.shape[:-2]):
         inside = ~np.isneginf(log_weights[head])
-        logits = scale * queries[head] @ keys[head][inside].T + log_weights[head][inside]
-        masses = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        logits = scale * queries[head] @ keys[head][inside].T
+        if soft_cap is not None:
+            logits = soft_cap * np.tanh(logits / soft_cap)
+        logits = logits + log_weights[head][inside]
+        most = logits.max(axis=-1, keepdims=True)
+        masses = np.exp(logits - most)
         total = masses @ normalizers[head][inside]
+        if sink_logits is not None:
+            total = total + np.exp(double(sink_logits[head])[0] - most[:, 0])
         outputs[head] = masses @ values[head][inside] / total[:, None]
     return outputs
 

@@ -64,6 +64,57 @@ def test_scale_multiplies_the_logits(inputs):
         assert_close(attend(*inputs, scale=scale), expected)
 
 
+# A logit for every query, for every head, of which one is no pair, and none.
+SINK_LOGITS = {
+    "a query": np.random.default_rng(1).standard_normal((*LEADING, QUERIES)).astype(np.float32),
+    "a head": np.array([[3, -1, 0], [0.5, 10, -np.inf]], np.float32),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("sinks", SINK_LOGITS)
+def test_capped_scores_and_sink_logits_are_brute_force(inputs, sinks):
+    logits = SINK_LOGITS[sinks]
+    rows = logits
+    if sinks == "a head":
+        rows = np.broadcast_to(logits[..., None], (*LEADING, QUERIES))
+    for soft_cap in (None, 1.5):
+        expected = brute_force.attention(*inputs, soft_cap=soft_cap, sink_logits=rows)
+        for block_size in (None, 8):
+            options = {"soft_cap": soft_cap, "sink_logits": logits, "block_size": block_size}
+            assert_close(attend(*inputs, **options), expected)
+    # The cap is one that matters.
+    plain = brute_force.attention(*inputs, sink_logits=rows)
+    assert np.linalg.norm(expected - plain) > 0.1 * np.linalg.norm(plain)
+
+
+def test_under_a_cap_weights_are_still_numbers_of_copies(inputs):
+    queries, keys, values, _ = (array[0] for array in inputs)
+    counts = np.arange(COUNT) % 4
+    with np.errstate(divide="ignore"):
+        log_weights = np.broadcast_to(np.log(counts.astype(np.float32)), keys.shape[:-1])
+    copies = [np.repeat(array, counts, axis=1) for array in (keys, values)]
+    options = {"soft_cap": 1.5, "sink_logits": SINK_LOGITS["a head"][0]}
+    weighted = attention(queries, keys, values, log_weights, **options)
+    assert_close(weighted, np.asarray(attention(queries, *copies, **options)))
+
+
+def test_a_huge_cap_is_none_and_a_sink_alone_gives_zero(inputs):
+    assert_close(attend(*inputs, soft_cap=1e6), np.asarray(attend(*inputs)))
+    nothing = np.full_like(inputs[3], -np.inf)
+    outputs = attend(*inputs[:3], nothing, sink_logits=SINK_LOGITS["a head"])
+    assert not np.any(outputs)
+
+
+def test_caps_and_sink_logits_that_do_not_fit_are_refused(inputs):
+    for soft_cap in (0.0, -1.0, np.inf):
+        with pytest.raises(ValueError, match="soft_cap"):
+            attention(*inputs, soft_cap=soft_cap)
+    for logits in (np.zeros(3), np.zeros((2, 3, 8)), np.zeros((2, 3), int)):
+        with pytest.raises(ValueError, match="sink_logits"):
+            attention(*inputs, sink_logits=logits)
+
+
 def test_without_weights_it_is_the_attention_of_jax(inputs):
     queries, keys = (np.moveaxis(array, 1, -2) for array in inputs[:2])
     expected = np.moveaxis(jax.nn.dot_product_attention(queries, keys, keys), -2, 1)
@@ -158,6 +209,27 @@ def test_double_precision(inputs, x64):
     outputs = attend(*inputs, block_size=8)
     assert outputs.dtype == jnp.float64
     np.testing.assert_allclose(outputs, brute_force.attention(*inputs), rtol=1e-12, atol=1e-13)
+
+
+def test_gradients_under_a_cap_and_of_sink_logits(inputs):
+    logits = SINK_LOGITS["a head"]
+
+    def plain(queries, keys, values, sinks):
+        scores = 1.5 * jnp.tanh(jnp.einsum("...qd,...nd->...qn", queries, keys) * WIDTH**-0.5 / 1.5)
+        sinks = jnp.broadcast_to(sinks[..., None, None], (*LEADING, QUERIES, 1))
+        shares = jax.nn.softmax(jnp.concatenate([scores, sinks], axis=-1))[..., :-1]
+        return jnp.sum(jnp.sin(shares @ values))
+
+    def ours(queries, keys, values, sinks):
+        outputs = attention(queries, keys, values, soft_cap=1.5, sink_logits=sinks, block_size=8)
+        return jnp.sum(jnp.sin(outputs))
+
+    arguments = (*inputs[:3], np.where(np.isinf(logits), 2, logits))
+    found, expected = (
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*arguments) for loss in (ours, plain)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert np.all(found[3] != 0)
 
 
 def test_gradients_are_those_of_softmax(inputs):

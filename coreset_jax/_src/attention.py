@@ -32,6 +32,13 @@ def default_scale(width: int) -> float:
     return width**-0.5
 
 
+def capped(scores: Float[Array, "..."], soft_cap: ArrayLike | None) -> Float[Array, "..."]:
+    r"""Scores :math:`c \tanh(s/c)`, which stay below the cap, as in Gemma 2; ``None`` for none."""
+    if soft_cap is None:
+        return scores
+    return jnp.multiply(soft_cap, jnp.tanh(jnp.divide(scores, soft_cap)))
+
+
 def partial_attention(
     queries: Float[Array, "*heads q d"],
     keys: Float[Array, "*heads n d"],
@@ -39,11 +46,12 @@ def partial_attention(
     log_weights: Float[Array, "*#heads n"] | None = None,
     *,
     scale: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
     visible: Bool[Array, "#q n"] | None = None,
 ) -> PartialAttention:
     r"""Attention over these pairs alone, ready to be merged with other pairs.
 
-    .. math:: s_i = \mathrm{scale}\,\langle q, k_i\rangle + \log w_i
+    .. math:: s_i = \mathrm{cap}(\mathrm{scale}\,\langle q, k_i\rangle) + \log w_i
 
     Args:
       queries: queries ``[..., q, d]``.
@@ -52,6 +60,7 @@ def partial_attention(
       log_weights: natural logarithms of the pairs' weights ``[..., n]``; ``-inf`` leaves a
         pair out. ``None`` weighs every pair 1.
       scale: the softmax scale, a scalar or ``[...]``; ``None`` means ``1/sqrt(d)``.
+      soft_cap: the cap of scores, see :func:`capped`.
       visible: which pairs each query may see ``[q, n]``; ``None`` means all.
 
     Returns:
@@ -61,13 +70,15 @@ def partial_attention(
     scale = default_scale(keys.shape[-1]) if scale is None else scale
     if jnp.ndim(scale):
         scale = jnp.asarray(scale, dtype)[..., None, None]
-    scores = scale * jnp.einsum(
+    products = jnp.einsum(
         "...qd,...nd->...qn",
         queries,
         keys,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=dtype,
     )
+    # Before the weights: w copies of a pair have the score of one.
+    scores = capped(jnp.multiply(scale, products), soft_cap)
     if log_weights is not None:
         scores = scores + log_weights[..., None, :].astype(dtype)
     if visible is not None:
@@ -84,6 +95,19 @@ def partial_attention(
         preferred_element_type=dtype,
     )
     return PartialAttention(jax.lax.stop_gradient(maximum), jnp.sum(masses, axis=-1), output)
+
+
+def sink_state(sink_logits: Float[Array, "*#heads #q"], like: PartialAttention) -> PartialAttention:
+    """The partial state of a pair of score ``sink_logits`` and value zero for each query.
+
+    Args:
+      sink_logits: the scores, to be broadcast to ``[..., q]``; ``-inf`` is no pair.
+      like: a state that this is to be merged with.
+    """
+    logits = jnp.broadcast_to(sink_logits.astype(like.total.dtype), like.total.shape)
+    maximum = jax.lax.stop_gradient(logits)
+    shift = jnp.where(jnp.isneginf(maximum), jnp.zeros_like(maximum), maximum)
+    return PartialAttention(maximum, jnp.exp(logits - shift), jnp.zeros_like(like.output))
 
 
 def merge(left: PartialAttention, right: PartialAttention) -> PartialAttention:
@@ -130,13 +154,18 @@ def attention(
     *,
     lengths: Integer[Array, "*heads"] | None = None,
     scale: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    sink_logits: Float[Array, "..."] | None = None,
     block_size: int | None = None,
 ) -> Float[Array, "*heads q dv"]:
     r"""Softmax attention over weighted pairs.
 
     .. math::
-       \mathrm{Attn}(q) = \frac{\sum_i w_i e^{\mathrm{scale}\langle q,k_i\rangle} v_i}
-                               {\sum_i w_i e^{\mathrm{scale}\langle q,k_i\rangle}}
+       \mathrm{Attn}(q) = \frac{\sum_i w_i e^{s_i} v_i}{e^b + \sum_i w_i e^{s_i}}, \qquad
+       s_i = c \tanh\left(\tfrac{1}{c}\, \mathrm{scale}\langle q,k_i\rangle\right)
+
+    without a cap :math:`c` the scores :math:`\mathrm{scale}\langle q,k_i\rangle` themselves, and
+    without a sink logit :math:`b` no such term. Weights multiply what is capped.
 
     Args:
       queries: queries ``[..., q, d]``.
@@ -145,6 +174,9 @@ def attention(
       log_weights: natural logarithms of the weights ``[..., n]``; ``None`` means all 0.
       lengths: number of valid pairs of each head ``[...]``; ``None`` means ``n``.
       scale: the softmax scale, a scalar or ``[...]``; ``None`` means ``1/sqrt(d)``.
+      soft_cap: a bound that scores approach, as in Gemma 2; ``None`` for none.
+      sink_logits: learned logits of the denominator, as in gpt-oss: one a head ``[...]``, or one a
+        query ``[..., q]``, where queries of several heads lie behind each other; ``None`` for none.
       block_size: pairs per step; scores are then held for one block at a time
         (``q * block_size`` instead of ``q * n`` numbers). ``None`` takes all at once.
 
@@ -152,7 +184,13 @@ def attention(
       Outputs ``[..., q, dv]`` in the dtype of ``values``.
 
     Raises:
-      ValueError: if ranks, leading axes, widths or lengths do not fit.
+      ValueError: if ranks, leading axes, widths or lengths do not fit, or ``soft_cap`` is not
+        positive.
+
+    References:
+      Gemma Team, *Gemma 2: Improving open language models at a practical size*, 2024, arXiv
+      2408.00118, for the cap. OpenAI, *gpt-oss-120b & gpt-oss-20b model card*, 2025, arXiv
+      2508.10925, for sink logits.
 
     >>> import jax.numpy as jnp
     >>> keys, values = jnp.zeros((4, 2)), jnp.arange(8.0).reshape(4, 2)
@@ -163,6 +201,8 @@ def attention(
     checks.check_queries(queries, keys)
     checks.check_lengths(lengths, keys)
     checks.check_positive("scale", scale, keys.shape[:-2])
+    checks.check_positive("soft_cap", soft_cap)
+    checks.check_sink_logits(sink_logits, queries)
     if block_size is not None:
         checks.check_count("block_size", block_size)
     if log_weights is not None and log_weights.shape != keys.shape[:-1]:
@@ -180,8 +220,10 @@ def attention(
         values = jnp.where(inside, values, jnp.zeros_like(values))
         log_weights = mask if log_weights is None else jnp.where(inside[..., 0], log_weights, mask)
     if block_size is None or block_size >= count:
-        state = partial_attention(queries, keys, values, log_weights, scale=scale)
-        return finish(state).astype(values.dtype)
+        state = partial_attention(
+            queries, keys, values, log_weights, scale=scale, soft_cap=soft_cap
+        )
+        return finish(_with_sinks(state, sink_logits)).astype(values.dtype)
 
     if log_weights is None:
         log_weights = jnp.zeros_like(keys[..., 0], dtype)
@@ -192,7 +234,12 @@ def attention(
             return jax.lax.dynamic_slice_in_dim(array, start, width, axis)
 
         return partial_attention(
-            queries, rows(keys, -2), rows(values, -2), rows(log_weights, -1), scale=scale
+            queries,
+            rows(keys, -2),
+            rows(values, -2),
+            rows(log_weights, -1),
+            scale=scale,
+            soft_cap=soft_cap,
         )
 
     state = part(whole, count - whole) if whole < count else part(0, block_size)
@@ -200,4 +247,13 @@ def attention(
     state, _ = jax.lax.scan(
         lambda carry, start: (merge(carry, part(start, block_size)), None), state, starts
     )
-    return finish(state).astype(values.dtype)
+    return finish(_with_sinks(state, sink_logits)).astype(values.dtype)
+
+
+def _with_sinks(state: PartialAttention, sink_logits: Array | None) -> PartialAttention:
+    """A state with sink logits, one a head or one a query."""
+    if sink_logits is None:
+        return state
+    logits = jnp.asarray(sink_logits)
+    logits = logits if logits.ndim == state.total.ndim else logits[..., None]
+    return merge(state, sink_state(logits, state))

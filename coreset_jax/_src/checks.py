@@ -108,6 +108,19 @@ def check_scores(scores: Any, keys: Any) -> None:
         )
 
 
+def check_sink_logits(sink_logits: Any, queries: Any) -> None:
+    """Raises ``ValueError`` unless there is one a head ``[...]`` or one a query ``[..., q]``."""
+    if sink_logits is None:
+        return
+    check_floating("sink_logits", sink_logits)
+    if sink_logits.shape not in (queries.shape[:-1], queries.shape[:-2]):
+        raise ValueError(
+            f"sink_logits must have shape {queries.shape[:-2]}, one a head, or "
+            f"{queries.shape[:-1]}, one a query; got sink_logits {sink_logits.shape} and queries "
+            f"{queries.shape}."
+        )
+
+
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raises ``ValueError`` unless ``value`` is a static integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):

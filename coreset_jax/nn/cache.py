@@ -284,6 +284,7 @@ class CoresetCache:
         keys: Float[Array, "batch length kv_heads head_dim"] | None = None,
         values: Float[Array, "batch length kv_heads value_dim"] | None = None,
         lengths: Int[Array, " batch"] | None = None,
+        sink_logits: Float[Array, " heads"] | None = None,
     ) -> Float[Array, "batch length heads value_dim"]:
         """Attention over the cache, and causally over pairs that are about to be appended.
 
@@ -294,6 +295,8 @@ class CoresetCache:
             cache and the first ``i + 1`` of these.
           values: their values.
           lengths: number of valid ones among them ``[batch]``; outputs behind that mean nothing.
+          sink_logits: learned logits of the denominator, one a query head ``[heads]``, see
+            :func:`coreset_jax.attention`; ``None`` for none.
 
         Returns:
           Outputs in the dtype of the values; zero where there is nothing to attend to.
@@ -309,7 +312,8 @@ class CoresetCache:
         if keys is not None:
             checks.check_new_pairs(keys, values, lengths, self.recent)
             checks.check_one_each(queries, keys)
-        return _attend(self, queries, keys, values, lengths)
+        checks.check_sink_logits(sink_logits, queries)
+        return _attend(self, queries, keys, values, lengths, sink_logits)
 
     def read_and_extend(
         self,
@@ -317,6 +321,7 @@ class CoresetCache:
         keys: Float[Array, "batch length kv_heads head_dim"],
         values: Float[Array, "batch length kv_heads value_dim"],
         lengths: Int[Array, " batch"] | None = None,
+        sink_logits: Float[Array, " heads"] | None = None,
     ) -> tuple[Float[Array, "batch length heads value_dim"], "CoresetCache"]:
         """What an attention layer does with new tokens: they attend, and join the cache.
 
@@ -328,6 +333,7 @@ class CoresetCache:
           keys: as for :meth:`attend`.
           values: as for :meth:`attend`.
           lengths: as for :meth:`attend`.
+          sink_logits: as for :meth:`attend`.
 
         Returns:
           The outputs, and the cache behind these tokens.
@@ -335,7 +341,7 @@ class CoresetCache:
         Raises:
           ValueError: as for :meth:`attend`, and if more tokens come at once than ``max_length``.
         """
-        outputs = self.attend(queries, keys, values, lengths)
+        outputs = self.attend(queries, keys, values, lengths, sink_logits)
         self._check_prompt(keys)
         if keys.shape[1] == 1:
             return outputs, _append(self, keys, values, lengths)
@@ -438,6 +444,7 @@ def _attend(
     keys: Array | None,
     values: Array | None,
     lengths: Array | None,
+    sink_logits: Array | None,
 ) -> Array:
     new = None
     if keys is not None and values is not None:
@@ -446,7 +453,8 @@ def _attend(
             start, end = jnp.zeros_like(cache.lengths), _counts(cache, keys, lengths)
             new = kv_block.cut(new, keys.shape[1], start, end)
     scale = cache.config.settings(queries.shape[-1]).scale
-    outputs = attend(queries, _held(cache), new, scale, cache.prefix)
+    soft_cap = cache.config.soft_cap
+    outputs = attend(queries, _held(cache), new, scale, soft_cap, sink_logits, cache.prefix)
     return outputs.astype(cache.recent.values.dtype)
 
 

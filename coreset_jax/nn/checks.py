@@ -168,6 +168,18 @@ def check_one_each(queries: Any, keys: Any) -> None:
         )
 
 
+def check_sink_logits(sink_logits: Any, queries: Any) -> None:
+    """Raises ``ValueError`` unless there is one for each head of queries; ``None`` passes."""
+    if sink_logits is None:
+        return
+    checks.check_floating("sink_logits", sink_logits)
+    if sink_logits.shape != queries.shape[2:3]:
+        raise ValueError(
+            f"sink_logits must have shape [heads] {queries.shape[2:3]}; got sink_logits "
+            f"{sink_logits.shape} and queries {queries.shape}."
+        )
+
+
 def check_decoding(inputs_q: Any, inputs_k: Any, inputs_v: Any, mask: Any) -> None:
     """Raises ``ValueError`` unless these can be decoded."""
     if inputs_k is not None or inputs_v is not None:

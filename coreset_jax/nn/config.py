@@ -10,7 +10,7 @@ from coreset_jax._src.stream.halvings import check_compressor, stream_scale
 from coreset_jax._src.stream.sketch import Settings
 
 # Options that attention modules take for their caches; the others follow from the module.
-MODULE_OPTIONS = ("size", "sinks", "window", "block_size", "query_norm", "compressor")
+MODULE_OPTIONS = ("size", "sinks", "window", "block_size", "query_norm", "soft_cap", "compressor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,8 @@ class CacheConfig:
       query_norm: largest norm of a query; ``None`` means ``sqrt(head_dim)``.
       scale: the softmax scale, at which the cache is compressed and read; ``None`` means that of
         ``compressor``, and ``1/sqrt(head_dim)`` where that has none. Two that differ are refused.
+      soft_cap: a bound that scores approach, see :func:`coreset_jax.attention`; ``None`` for none.
+        Fits to sample queries know of it, and all else compresses for scores without a cap.
       compressor: compresses prompts, sample queries given, and halves blocks of what leaves the
         window, where there are none and of what it returns only the choice of pairs and their
         weights count. Options that are arrays are one number or one a key-value head. ``None``
@@ -46,6 +48,7 @@ class CacheConfig:
     block_size: int = 64
     query_norm: float | None = None
     scale: float | None = None
+    soft_cap: float | None = None
     compressor: Compressor | None = None
     max_length: int | None = None
 
@@ -55,7 +58,7 @@ class CacheConfig:
         checks.check_count("sinks", self.sinks, 0)
         checks.check_count("window", self.window, 0)
         checks.check_count("block_size", self.block_size, 2)
-        for name in ("query_norm", "scale"):
+        for name in ("query_norm", "scale", "soft_cap"):
             number = checks.static_float(name, getattr(self, name))
             object.__setattr__(self, name, number)
         if self.block_size % 2:

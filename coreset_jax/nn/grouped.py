@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coreset_jax._src.attention import PartialAttention, finish, merge, partial_attention
+from coreset_jax._src.attention import (
+    PartialAttention,
+    finish,
+    merge,
+    partial_attention,
+    sink_state,
+)
 from coreset_jax.nn import prefix as prefixes
 from coreset_jax.nn.prefix import LayerPrefix
 
@@ -46,6 +52,8 @@ def attend(
     parts: Sequence[Part],
     new: tuple[Array, Array] | None,
     scale: float,
+    soft_cap: float | None = None,
+    sink_logits: Float[Array, " heads"] | None = None,
     prefix: LayerPrefix | None = None,
 ) -> Float[Array, "batch length heads value_dim"]:
     """Attention over the parts of a cache, and causally over the pairs that come with the queries.
@@ -58,6 +66,8 @@ def attend(
       new: keys and values ``[batch, kv_heads, length, width]`` of which query ``i`` sees the first
         ``i + 1``, or ``None``.
       scale: the softmax scale.
+      soft_cap: the cap of scores, see :func:`coreset_jax.attention`.
+      sink_logits: logits of the denominator, one a query head ``[heads]``.
       prefix: documents that all queries see, or ``None``.
 
     Returns:
@@ -68,13 +78,18 @@ def attend(
 
     def read(queries: Array, places: Array) -> Array:
         rows = grouped(queries, kv_heads)
-        states = [_nothing_where_empty(partial_attention(rows, *p, scale=scale), p) for p in parts]
+        read_part = functools.partial(partial_attention, rows, scale=scale, soft_cap=soft_cap)
+        states = [_nothing_where_empty(read_part(*part), part) for part in parts]
         if prefix is not None:
-            states.append(prefixes.partial_attention(rows, prefix, scale))
+            states.append(prefixes.partial_attention(rows, prefix, scale, soft_cap))
         if new is not None:
             places = jnp.tile(places, heads // kv_heads)
             visible = jnp.arange(length)[None] <= places[:, None]
-            states.append(partial_attention(rows, *new, scale=scale, visible=visible))
+            states.append(read_part(*new, visible=visible))
+        if sink_logits is not None:
+            # Rows hold the queries of one head behind those of another.
+            logits = jnp.repeat(sink_logits.reshape(kv_heads, -1), queries.shape[1], axis=1)
+            states.append(sink_state(logits[None], states[0]))
         return ungrouped(finish(functools.reduce(merge, states)), queries.shape)
 
     seen = sum(part[0].shape[2] for part in parts) + (0 if new is None else length)

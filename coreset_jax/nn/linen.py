@@ -16,6 +16,7 @@ from coreset_jax.nn import checks
 from coreset_jax.nn.cache import CoresetCache
 from coreset_jax.nn.config import MODULE_OPTIONS, CacheConfig
 from coreset_jax.nn.rotary import Rotating, rotate_behind
+from coreset_jax.nn.scores import Capping, attend_with_sinks, check_takes_bias
 
 
 class CoresetAttention(linen.Module):
@@ -52,10 +53,12 @@ class CoresetAttention(linen.Module):
       normalize_qk: whether queries and keys pass a layer norm each.
       num_kv_heads: key-value heads; ``None`` means ``num_heads``.
       rope_base: base of rotary positions; ``None`` for none.
-      size, sinks, window, block_size, query_norm, compressor: the options of
+      size, sinks, window, block_size, query_norm, soft_cap, compressor: the options of
         :class:`coreset_jax.nn.CacheConfig`; ``size`` must be given.
       max_length: longest prompt; ``None`` means the length of the inputs of ``init``. A prompt
         that is longer is refused.
+      use_sink_logits: whether each query head has a learned logit in its denominator, the
+        parameter ``sink_logits``; see :func:`coreset_jax.attention`.
 
     Raises:
       ValueError: on options that contradict each other, and when called as described there.
@@ -101,6 +104,8 @@ class CoresetAttention(linen.Module):
     query_norm: float | None = None
     compressor: Compressor | None = None
     max_length: int | None = None
+    soft_cap: float | None = None
+    use_sink_logits: bool = False
 
     @linen.compact
     def __call__(
@@ -145,11 +150,15 @@ class CoresetAttention(linen.Module):
         inputs_k = inputs_q if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
         query, key, value = self._project(inputs_q, inputs_k, inputs_v)
+        sink_logits = None
+        if self.use_sink_logits:
+            zeros, shape = linen.initializers.zeros_init(), (self.num_heads,)
+            sink_logits = self.param("sink_logits", zeros, shape, self.param_dtype)
         if self.decode:
-            heads = self._read(query, key, value, lengths)
+            heads = self._read(query, key, value, lengths, sink_logits)
         else:
             options = {"mask": mask, "deterministic": deterministic, "dropout_rng": dropout_rng}
-            heads = self._attend(query, key, value, sow_weights, options)
+            heads = self._attend(query, key, value, sink_logits, sow_weights, options)
         return self._dense(
             self.out_features or inputs_q.shape[-1],
             axis=(-2, -1),
@@ -192,7 +201,13 @@ class CoresetAttention(linen.Module):
         return query, key, value
 
     def _attend(
-        self, query: Array, key: Array, value: Array, sow_weights: bool, options: dict[str, Any]
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        sink_logits: Array | None,
+        sow_weights: bool,
+        options: dict[str, Any],
     ) -> Array:
         """What the plain module does."""
         still = True
@@ -201,6 +216,8 @@ class CoresetAttention(linen.Module):
             if not still and options["dropout_rng"] is None:
                 options["dropout_rng"] = self.make_rng("dropout")
         attention_fn = self.attention_fn
+        if self.soft_cap is not None:
+            attention_fn = Capping(attention_fn, self.soft_cap)
         if self.rope_base is not None:
             attention_fn = Rotating(attention_fn, self.rope_base)
         names = ("dropout_rate", "broadcast_dropout", "dtype", "precision")
@@ -214,9 +231,19 @@ class CoresetAttention(linen.Module):
         key, value = (
             array if group == 1 else jnp.repeat(array, group, axis=-2) for array in (key, value)
         )
-        return attention_fn(query, key, value, **options)
+        if sink_logits is None:
+            return attention_fn(query, key, value, **options)
+        check_takes_bias(attention_fn)
+        return attend_with_sinks(attention_fn, sink_logits, query, key, value, **options)
 
-    def _read(self, query: Array, key: Array, value: Array, lengths: Array | None) -> Array:
+    def _read(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        lengths: Array | None,
+        sink_logits: Array | None,
+    ) -> Array:
         """Reads the cache and extends it; ``init`` makes an empty one."""
         if not self.has_variable("cache", "coreset") and not self.is_initializing():
             raise ValueError(
@@ -227,8 +254,8 @@ class CoresetAttention(linen.Module):
         cache = variable.value
         query, key = rotate_behind(cache.next_positions, query, key, self.rope_base)
         if self.is_initializing():
-            return cache.attend(query, key, value, lengths)
-        heads, variable.value = cache.read_and_extend(query, key, value, lengths)
+            return cache.attend(query, key, value, lengths, sink_logits)
+        heads, variable.value = cache.read_and_extend(query, key, value, lengths, sink_logits)
         return heads
 
     def _empty(self, key: Array, value: Array) -> CoresetCache:

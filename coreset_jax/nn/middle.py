@@ -130,6 +130,7 @@ def _compressor(config: CacheConfig, width: int, steps: int) -> Compressor:
     return fitted(
         query_norm=settings.query_norm,
         scale=settings.scale,
+        soft_cap=config.soft_cap,
         chunk_size=_TOGETHER,
         moved_together=_TOGETHER,
         newton_steps=steps,

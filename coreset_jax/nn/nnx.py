@@ -1,6 +1,6 @@
 """Attention for Flax NNX models that decodes over a compressed cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,35 @@ from coreset_jax.nn.cache import CoresetCache
 from coreset_jax.nn.config import MODULE_OPTIONS, CacheConfig
 from coreset_jax.nn.prefix import LayerPrefix
 from coreset_jax.nn.rotary import Rotating, rotate_behind
+from coreset_jax.nn.scores import Capping, attend_with_sinks, check_takes_bias
+
+
+class SinkAttention(nnx.Module):
+    """An ``attention_fn`` of ``nnx.MultiHeadAttention`` with learned sink logits.
+
+    Args:
+      attention_fn: a function of query, key and value and of a bias.
+      num_heads: query heads.
+      param_dtype: dtype of the logits, which are zero at first.
+
+    Attributes:
+      sink_logits: the logits ``[num_heads]``, see :func:`coreset_jax.attention`.
+
+    Raises:
+      ValueError: if the function takes no bias.
+    """
+
+    def __init__(
+        self, attention_fn: Callable[..., Array], num_heads: int, param_dtype: Any = jnp.float32
+    ) -> None:
+        check_takes_bias(attention_fn)
+        self.attention_fn = attention_fn
+        self.sink_logits = nnx.Param(jnp.zeros(num_heads, param_dtype))
+
+    def __call__(self, query: Array, key: Array, value: Array, **options: Any) -> Array:
+        """What ``attention_fn`` returns with the logits in its denominators."""
+        logits = self.sink_logits.get_value()
+        return attend_with_sinks(self.attention_fn, logits, query, key, value, **options)
 
 
 class CoresetAttention(nnx.MultiHeadAttention):
@@ -31,9 +60,11 @@ class CoresetAttention(nnx.MultiHeadAttention):
       in_features: width of the inputs.
       *arguments: further arguments of ``nnx.MultiHeadAttention``.
       rope_base: base of rotary positions; ``None`` for none.
+      use_sink_logits: whether each query head has a learned logit in its denominator, which is
+        ``attention_fn.sink_logits`` of the module; see :func:`coreset_jax.attention`.
       rngs: an nnx random stream.
       **options: ``size``, which must be given, and ``sinks``, ``window``, ``block_size``,
-        ``query_norm`` and ``compressor`` of :class:`coreset_jax.nn.CacheConfig`;
+        ``query_norm``, ``soft_cap`` and ``compressor`` of :class:`coreset_jax.nn.CacheConfig`;
         and further options of ``nnx.MultiHeadAttention``.
 
     Raises:
@@ -59,6 +90,7 @@ class CoresetAttention(nnx.MultiHeadAttention):
         in_features: int,
         *arguments: Any,
         rope_base: float | None = None,
+        use_sink_logits: bool = False,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
@@ -67,8 +99,13 @@ class CoresetAttention(nnx.MultiHeadAttention):
         super().__init__(num_heads, in_features, *arguments, rngs=rngs, **options)
         checks.check_rope(rope_base, self.head_dim)
         checks.check_module_scale(self.cache_config.compressor, self.head_dim)
+        if self.cache_config.soft_cap is not None:
+            self.attention_fn = Capping(self.attention_fn, self.cache_config.soft_cap)
         if rope_base is not None:
             self.attention_fn = Rotating(self.attention_fn, rope_base)
+        if use_sink_logits:
+            attention_fn = SinkAttention(self.attention_fn, num_heads, self.param_dtype)
+            self.attention_fn = nnx.data(attention_fn)
         self.rope_base = rope_base
         self.cache: nnx.Cache[CoresetCache] | None = nnx.data(None)
 
@@ -153,6 +190,9 @@ class CoresetAttention(nnx.MultiHeadAttention):
             query, key = self.query_ln(query), self.key_ln(key)
         cache = self.cache.get_value()
         query, key = rotate_behind(cache.next_positions, query, key, self.rope_base)
-        heads, cache = cache.read_and_extend(query, key, value, lengths)
+        sink_logits = None
+        if isinstance(self.attention_fn, SinkAttention):
+            sink_logits = self.attention_fn.sink_logits.get_value()
+        heads, cache = cache.read_and_extend(query, key, value, lengths, sink_logits)
         self.cache.set_value(cache)
         return self.out(heads, out_sharding=options.get("out_sharding"))

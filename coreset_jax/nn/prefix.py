@@ -52,16 +52,19 @@ def of_layer(prefixes: Prefix | Sequence[Prefix], layer: int) -> LayerPrefix:
 
 
 def partial_attention(
-    rows: Float[Array, "batch kv_heads rows head_dim"], prefix: LayerPrefix, scale: float
+    rows: Float[Array, "batch kv_heads rows head_dim"],
+    prefix: LayerPrefix,
+    scale: float,
+    soft_cap: float | None,
 ) -> PartialAttention:
     """Attention of all sequences over their documents, ready to be merged with what follows."""
     documents, sequences = prefix.lengths.shape[0], rows.shape[0]
     if documents == sequences:
-        return partial_attention_packed(rows, prefix.pairs, scale=scale)
+        return partial_attention_packed(rows, prefix.pairs, scale=scale, soft_cap=soft_cap)
     # One document is read once for all: their queries are those of one sequence.
     _, heads, count, width = rows.shape
     together = rows.swapaxes(0, 1).reshape(1, heads, sequences * count, width)
-    state = partial_attention_packed(together, prefix.pairs, scale=scale)
+    state = partial_attention_packed(together, prefix.pairs, scale=scale, soft_cap=soft_cap)
 
     def apart(each: Array) -> Array:
         return each.reshape(heads, sequences, count, *each.shape[3:]).swapaxes(0, 1)

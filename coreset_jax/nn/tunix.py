@@ -1,13 +1,13 @@
 """Gives the attention layers of other people's NNX models a compressed cache.
 
-For models built like those of ``google-tunix`` (Qwen 3, Llama 3, Gemma 3): a layer calls
+For models built like those of ``google-tunix`` (Qwen 2 and 3, Llama 3, Gemma 1 to 4): a layer calls
 ``attention(inputs, positions, layer_cache, mask)`` and hands on the cache that comes back. That
 cache is a pytree of the layer's own, so a :class:`~coreset_jax.nn.CoresetCache` travels in it:
 the model keeps no state, and loops, samplers and beam searches written for it go on working.
 """
 
-import dataclasses
 import functools
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,10 +17,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from coreset_jax._src import checks
-from coreset_jax._src.attention import attention as softmax_attention
 from coreset_jax.nn.cache import CoresetCache
 from coreset_jax.nn.config import CacheConfig
-from coreset_jax.nn.grouped import by_head
+from coreset_jax.nn.tunix_caches import (
+    LayerCache,
+    LayerShape,
+    ModelCache,
+    attentions_of,
+    origins_of,
+)
+from coreset_jax.nn.tunix_likeness import check_likeness
 from coreset_jax.nn.tunix_parts import (
     Parts,
     is_local,
@@ -29,9 +35,8 @@ from coreset_jax.nn.tunix_parts import (
     read_mask,
     rotary,
     scale_of,
+    soft_cap_of,
 )
-
-LayerCache = dict[str, Any]
 
 
 def wrap(attention: nnx.Module, **options: Any) -> Any:
@@ -52,18 +57,23 @@ def wrap(attention: nnx.Module, **options: Any) -> Any:
       shows a later one is refused, by NaN outputs where it is traced.
     - Without a cache (``None``), the attention is what it was.
 
+    Arguments are those of the attention. Where they hold sines and cosines in place of positions
+    (Qwen 2), so does the call. Where they hold the cache of another layer (Gemma 4), that layer
+    must be wrapped as well, and its coreset is read.
+
     Args:
-      attention: attention with projections, an output projection and perhaps norms named as in
-        tunix, defined in a module with the function ``apply_rope``.
-      **options: of :class:`coreset_jax.nn.CacheConfig`, all but ``scale``, which is that of the
-        attention; ``size`` must be given.
+      attention: attention with projections, an output projection and perhaps norms, biases and a
+        soft cap named as in tunix, defined in a module with the function that rotates.
+      **options: of :class:`coreset_jax.nn.CacheConfig`, all but ``scale`` and ``soft_cap``, which
+        are those of the attention; ``size`` must be given.
 
     Returns:
       The attention with a compressed cache. Its outputs have the shape and dtype of the inputs.
 
     Raises:
-      ValueError: if the attention is wrapped already, is a sliding-window layer, lacks a part, or
-        has one that the wrapper would leave out, and on options that contradict each other.
+      ValueError: if the attention is wrapped already, is a sliding-window layer or latent, lacks
+        a part or has one that the wrapper would leave out, or if it computes something else than
+        the wrapper, at scores of any size; and on options that contradict each other.
 
     Example::
 
@@ -80,9 +90,10 @@ def wrap(attention: nnx.Module, **options: Any) -> Any:
             "its own cache, which is short already."
         )
     parts = parts_of(attention)
-    config = CacheConfig(scale=scale_of(attention), **options)
+    scale, soft_cap = scale_of(attention), soft_cap_of(attention)
+    config = CacheConfig(scale=scale, soft_cap=soft_cap, **options)
     wrapped = _subclass(type(attention))(attention, config, parts)
-    _check_likeness(attention, wrapped)
+    check_likeness(attention, wrapped)
     return wrapped
 
 
@@ -98,10 +109,10 @@ def wrap_model(model: Any, layers: Iterable[int] | None = None, **options: Any) 
       **options: of :func:`wrap`.
 
     Raises:
-      ValueError: as :func:`wrap`, if the model has no such layers, or a number is out of range.
-        The model is then left as it was.
+      ValueError: as :func:`wrap`, if the model has no such layers, a number is out of range, or
+        of layers that share a cache only some are named. The model is then left as it was.
     """
-    attentions = _attentions(model)
+    attentions = attentions_of(model)
     if layers is None:
         numbers = [i for i, attention in enumerate(attentions) if not is_local(attention)]
     else:
@@ -110,10 +121,16 @@ def wrap_model(model: Any, layers: Iterable[int] | None = None, **options: Any) 
             raise ValueError(f"layers must lie in 0..{len(attentions) - 1}, got {numbers}.")
     if not numbers:
         raise ValueError("the model has no layer to wrap; sliding-window layers stay as they are.")
+    for number, origin in enumerate(origins_of(model)):
+        if (number in numbers) != (origin in numbers):
+            raise ValueError(
+                f"layers must hold both or neither of {origin} and {number}, which reads the "
+                f"cache of {origin}; got {numbers}."
+            )
     wrapped = {number: wrap(attentions[number], **options) for number in numbers}
     for number, attention in wrapped.items():
         model.layers[number].attn = attention
-    model.init_cache = _ModelCache(tuple(map(_LayerShape.of, _attentions(model))))
+    model.init_cache = ModelCache.of(model)
 
 
 def init_cache(
@@ -140,60 +157,9 @@ def init_cache(
     Raises:
       ValueError: if no layer has been wrapped, or a size is below one.
     """
-    shapes = tuple(map(_LayerShape.of, _attentions(model)))
-    if all(shape.config is None for shape in shapes):
+    if not any(isinstance(each, _CoresetAttention) for each in attentions_of(model)):
         raise ValueError("no layer of the model has been wrapped.")
-    return _ModelCache(shapes)(batch_size, cache_size, dtype, rng)
-
-
-@dataclasses.dataclass(frozen=True)
-class _LayerShape:
-    """What the cache of a layer looks like."""
-
-    config: CacheConfig | None
-    kv_heads: int
-    head_dim: int
-    dtype: Any
-
-    @classmethod
-    def of(cls, attention: Any) -> "_LayerShape":
-        """The shape of an attention's cache, wrapped or not."""
-        projection = getattr(attention, parts_of(attention).projections[-1])
-        dtype = getattr(projection, "dtype", None) or projection.w.dtype
-        config = attention.coreset_config if isinstance(attention, _CoresetAttention) else None
-        return cls(config, attention.num_kv_heads, attention.head_dim, jnp.dtype(dtype))
-
-    def empty(self, batch_size: int, slots: int, dtype: Any, rng: Array | None) -> LayerCache:
-        """An empty cache."""
-        rng = jax.random.key(0) if rng is None else rng
-        count = 1 if self.config is not None else slots
-        shape = (batch_size, count, self.kv_heads, self.head_dim)
-        keys, values = (jnp.zeros(shape, dtype or self.dtype) for _ in range(2))
-        end_index = jnp.zeros(batch_size, jnp.int32)
-        if self.config is None:
-            return {"k": keys, "v": values, "end_index": end_index}
-        held = CoresetCache.init(self.config, rng, keys, values)
-        # Loops that donate their cache need every array in a buffer of its own.
-        return {"coreset": jax.tree.map(jnp.copy, held), "end_index": end_index}
-
-
-@dataclasses.dataclass(frozen=True)
-class _ModelCache:
-    """Makes the caches of a model; static, so that it may be an attribute of an NNX module."""
-
-    layers: tuple[_LayerShape, ...]
-
-    def __call__(
-        self, batch_size: int, cache_size: int = 1, dtype: Any = None, rng: Array | None = None
-    ) -> dict[str, LayerCache]:
-        """Empty caches, see :func:`init_cache`."""
-        checks.check_count("batch_size", batch_size)
-        checks.check_count("cache_size", cache_size)
-        rng = jax.random.key(0) if rng is None else rng
-        return {
-            f"layer_{i}": layer.empty(batch_size, cache_size, dtype, jax.random.fold_in(rng, i))
-            for i, layer in enumerate(self.layers)
-        }
+    return ModelCache.of(model)(batch_size, cache_size, dtype, rng)
 
 
 class _CoresetAttention(nnx.Module):
@@ -213,7 +179,7 @@ class _CoresetAttention(nnx.Module):
     ) -> LayerCache:
         """An empty cache of this layer; arguments as for :func:`init_cache`."""
         checks.check_count("batch_size", batch_size)
-        return _LayerShape.of(self).empty(batch_size, 1, dtype, rng)
+        return LayerShape.of(self).empty(batch_size, 1, dtype, rng)
 
     def __call__(
         self,
@@ -228,36 +194,98 @@ class _CoresetAttention(nnx.Module):
             plain: Any = super()
             options = {} if segment_ids is None else {"segment_ids": segment_ids}
             return plain.__call__(inputs, positions, None, attn_mask, **options)
-        if segment_ids is not None:
-            raise ValueError("segment_ids must be None with a cache; use attn_mask for padding.")
+        _check_segments(segment_ids)
+        return self._read(project(self, inputs, positions), cache, attn_mask)
+
+    def _read(
+        self,
+        projected: tuple[Array, Array, Array],
+        cache: Mapping[str, Any],
+        attn_mask: Array | None,
+    ) -> tuple[LayerCache, Array]:
+        """The cache behind some tokens, and their outputs."""
         if not isinstance(cache, Mapping) or "end_index" not in cache:
             raise ValueError("cache must be a layer's cache, as init_cache makes it.")
-        queries, keys, values = project(self, inputs, positions)
+        queries, keys, values = projected
         held = cache.get("coreset")
         if held is None:
             held = CoresetCache.init(self.coreset_config, jax.random.key(0), keys, values)
         end_index = cache["end_index"]
-        real, supported = read_mask(attn_mask, inputs.shape[:2], end_index, held.lengths)
+        real, supported = read_mask(attn_mask, queries.shape[:2], end_index, held.lengths)
         outputs, held = _attend(held, queries, keys, values, real)
         outputs = jnp.where(supported[:, None, None, None], outputs, jnp.nan)
-        new_cache = {"coreset": held, "end_index": end_index + inputs.shape[1]}
+        new_cache = {"coreset": held, "end_index": end_index + queries.shape[1]}
         return new_cache, getattr(self, self.coreset_parts.output)(outputs)
+
+
+class _AngleAttention(_CoresetAttention):
+    """The same for attentions that are told sines and cosines, as in Qwen 2."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        inputs: Float[Array, "batch tokens features"],
+        cache: Mapping[str, Any] | None,
+        attn_mask: Bool[Array, "batch tokens slots"] | None,
+        sin: Float[Array, "batch tokens half"],
+        cos: Float[Array, "batch tokens half"],
+        segment_ids: Array | None = None,
+    ) -> tuple[LayerCache | None, Float[Array, "batch tokens features"]]:
+        """Attention to what the cache holds and, causally, to the inputs; see :func:`wrap`."""
+        if cache is None:
+            plain: Any = super(_CoresetAttention, self)
+            return plain.__call__(inputs, None, attn_mask, sin, cos, segment_ids)
+        _check_segments(segment_ids)
+        return self._read(project(self, inputs, sin, cos), cache, attn_mask)
+
+
+class _SharedAttention(_CoresetAttention):
+    """The same for attentions that may read the cache of another layer, as in Gemma 4."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        inputs: Float[Array, "batch tokens features"],
+        segment_pos: Int[Array, "batch tokens"],
+        cache: Mapping[str, Any] | None,
+        attn_mask: Bool[Array, "batch tokens slots"] | None,
+        kv_shared_cache: Mapping[str, Any] | None = None,
+    ) -> tuple[LayerCache | None, Float[Array, "batch tokens features"], tuple[Array, Array]]:
+        """Attention to what the cache holds and, causally, to the inputs; see :func:`wrap`.
+
+        With the coreset of another layer in ``kv_shared_cache``, which holds this call's token
+        already, attention to that alone. Keys and values of this call are returned as well.
+        """
+        shared = None if kv_shared_cache is None else kv_shared_cache.get("coreset")
+        if cache is None and shared is None:
+            plain: Any = super(_CoresetAttention, self)
+            return plain.__call__(inputs, segment_pos, None, attn_mask, kv_shared_cache)
+        inputs = inputs.astype(LayerShape.of(self).dtype)
+        queries, keys, values = project(self, inputs, segment_pos)
+        if shared is None:
+            new_cache, outputs = self._read((queries, keys, values), cache or {}, attn_mask)
+            return new_cache, outputs, (keys, values)
+        if queries.shape[1] != 1:
+            raise ValueError(
+                "kv_shared_cache may hold a coreset for one token at a time only; "
+                f"got inputs {inputs.shape}."
+            )
+        outputs = shared.attend(queries).astype(queries.dtype)
+        return None, getattr(self, self.coreset_parts.output)(outputs), (keys, values)
 
 
 @functools.cache
 def _subclass(original: type) -> Any:
     """The class of an attention, with the cache of this module."""
     documentation = {"__doc__": f"{original.__name__} with a compressed cache."}
-    return type(f"Coreset{original.__name__}", (_CoresetAttention, original), documentation)
+    called = _CoresetAttention
+    for name, special in (("sin", _AngleAttention), ("kv_shared_cache", _SharedAttention)):
+        if name in inspect.signature(original.__call__).parameters:
+            called = special
+    return type(f"Coreset{original.__name__}", (called, original), documentation)
 
 
-def _attentions(model: Any) -> list[Any]:
-    attentions = [getattr(layer, "attn", None) for layer in getattr(model, "layers", ())]
-    if not attentions or None in attentions:
-        raise ValueError(
-            f"model must have layers, each with an attention attn; got {type(model).__name__}."
-        )
-    return attentions
+def _check_segments(segment_ids: Array | None) -> None:
+    if segment_ids is not None:
+        raise ValueError("segment_ids must be None with a cache; use attn_mask for padding.")
 
 
 def _attend(
@@ -281,34 +309,3 @@ def _attend(
     lengths = jnp.sum(real, axis=1, dtype=jnp.int32)
     outputs, held = held.read_and_extend(queries, keys, values, lengths)
     return ordered(outputs, back).astype(dtype), held
-
-
-def _check_likeness(attention: Any, wrapped: Any) -> None:
-    """Raises ``ValueError`` unless both compute the same keys, values and outputs of tokens.
-
-    The parts are known by their names only; what is done with them may differ between versions.
-    """
-    leaves = jax.tree.leaves(nnx.state(attention))
-    if not all(isinstance(leaf, jax.Array) and not checks.is_traced(leaf) for leaf in leaves):
-        return
-    shape, count, positions = _LayerShape.of(wrapped), 3, jnp.array([[0, 7, 1000]])
-    output = getattr(attention, wrapped.coreset_parts.output)
-    inputs = jax.random.normal(jax.random.key(0), (1, count, output.shape[-1])).astype(shape.dtype)
-    queries, keys, values = project(wrapped, inputs, positions)
-    cache = dataclasses.replace(shape, config=None).empty(1, count, values.dtype, None)
-    # One at a time: whole prompts may take a kernel that is not for this platform.
-    for i in range(count):
-        visible = (jnp.arange(count) <= i)[None, None]
-        cache, expected = attention(inputs[:, i : i + 1], positions[:, i : i + 1], cache, visible)
-    group = queries.shape[2] // keys.shape[2]
-    rows = [by_head(jnp.repeat(array, group, axis=2)) for array in (keys, values)]
-    found = softmax_attention(by_head(queries[:, -1:]), *rows, scale=wrapped.coreset_config.scale)
-    found = output(by_head(found).astype(queries.dtype))
-    # On accelerators, float32 products may be rounded to bfloat16.
-    tolerance = max(0.05, 16 * float(jnp.finfo(shape.dtype).eps))
-    for one, other in ((keys, cache["k"]), (values, cache["v"]), (found, expected)):
-        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
-        if float(jnp.max(jnp.abs(one - other))) > tolerance * float(jnp.max(jnp.abs(other))):
-            raise ValueError(
-                f"attention {type(attention).__name__} does more than the wrapper knows of."
-            )

@@ -140,6 +140,15 @@ def run(name, keys, values, *, rng=RNG, **options):
         return jax.device_get(compressor(rng, keys, values, **options))
 
 
+@pytest.mark.parametrize("tied", [name for name in MAKERS if MAKERS[name]().keeps_pairs])
+def test_values_that_are_a_slice_of_the_keys_stay_it_where_pairs_are_kept(tied, cache):
+    """As in latent attention; nothing but the keys then needs to be stored."""
+    keys = cache[0]
+    coreset = run(tied, keys, keys[..., :VALUE_WIDTH])
+    np.testing.assert_array_equal(coreset.values, coreset.keys[..., :VALUE_WIDTH])
+    assert np.any(coreset.values != 0)
+
+
 def run_ragged(name, keys, values):
     """That of ragged heads."""
     compressor = make(name)

@@ -4,7 +4,9 @@ import importlib.util
 
 NEEDS = {
     "test_coreax.py": "coreax",
+    "test_derivatives.py": "tunix",
     "test_docs.py": "tunix",
+    "test_families.py": "tunix",
     "test_goodpoints.py": "goodpoints",
     "test_tunix.py": "tunix",
     "tiny.py": "tunix",

@@ -3,11 +3,15 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from tunix.models.gemma import model as gemma2
 from tunix.models.gemma3 import model as gemma3
+from tunix.models.gemma4 import model as gemma4
 from tunix.models.llama3 import model as llama3
+from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen3 import model as qwen3
 
-ARCHITECTURES = ("qwen3", "llama3", "gemma3")
+ARCHITECTURES = ("qwen2", "qwen3", "llama3", "gemma2", "gemma3", "gemma4")
+GLOBAL_LAYER = {"gemma2": 1, "gemma3": 5, "gemma4": 1, "llama3": 1, "qwen2": 1, "qwen3": 1}
 VOCABULARY = 64
 KV_HEADS, HEAD_DIM = 2, 16
 _SIZES = {
@@ -22,12 +26,28 @@ _SIZES = {
 def build(architecture: str, **options):
     """A random model whose attention is not flat and whose logits are about one."""
     rngs = nnx.Rngs(0)
-    if architecture == "qwen3":
+    if architecture == "qwen2":
+        options = {"num_layers": 2, "rope_theta": 10_000, "norm_eps": 1e-6, **_SIZES, **options}
+        model = qwen2.Qwen2(qwen2.ModelConfig(vocab_size=VOCABULARY, **options), rngs=rngs)
+    elif architecture == "qwen3":
         options = {"num_layers": 2, "rope_theta": 10_000, "norm_eps": 1e-6, **_SIZES, **options}
         model = qwen3.Qwen3(qwen3.ModelConfig(vocab_size=VOCABULARY, **options), rngs=rngs)
     elif architecture == "llama3":
         options = {"num_layers": 2, "rope_theta": 10_000, "norm_eps": 1e-5, **_SIZES, **options}
         model = llama3.Llama3(llama3.ModelConfig(vocab_size=VOCABULARY, **options), rngs=rngs)
+    elif architecture == "gemma2":
+        kinds = (gemma2.AttentionType.LOCAL_SLIDING, gemma2.AttentionType.GLOBAL)
+        options = {"num_layers": 2, "attention_types": kinds, "sliding_window_size": 8, **options}
+        # A cap that scores of these layers reach.
+        options = {"attn_logits_soft_cap": 2.0, "final_logit_softcap": 30.0, **_SIZES, **options}
+        options = {"use_post_attn_norm": True, "use_post_ffw_norm": True, **options}
+        model = gemma2.Gemma(gemma2.ModelConfig(num_embed=VOCABULARY, **options), rngs=rngs)
+    elif architecture == "gemma4":
+        kinds = (gemma4.AttentionType.LOCAL_SLIDING, gemma4.AttentionType.GLOBAL)
+        options = {"num_layers": 4, "attention_pattern": kinds, "sliding_window_size": 8, **options}
+        # The last two layers read the caches of the first two.
+        options = {"frac_shared_layers": 0.5, "global_key_size": HEAD_DIM, **_SIZES, **options}
+        model = gemma4.Gemma4(gemma4.ModelConfig(num_embed=VOCABULARY, **options), rngs=rngs)
     else:
         # Every sixth layer is global.
         options = {"num_layers": 6, "sliding_window_size": 8, **_SIZES, **options}
@@ -52,6 +72,26 @@ def build(architecture: str, **options):
     return model
 
 
+def call(attention, inputs, positions, cache, mask):
+    """The cache and the outputs of an attention, whatever it is told of positions."""
+    if isinstance(attention, qwen2.Attention):
+        sin, cos = qwen2._generate_pos_embeddings(positions, HEAD_DIM, 10_000)
+        return attention(inputs, cache, mask, sin, cos)
+    # Gemma 4 returns keys and values as well.
+    return attention(inputs, positions, cache, mask)[:2]
+
+
+def global_attention(architecture, **options):
+    """The attention of the first layer that sees the whole sequence."""
+    return build(architecture, **options).layers[GLOBAL_LAYER[architecture]].attn
+
+
+def inputs_like(attention, count, batch=2):
+    """Inputs of an attention."""
+    output = getattr(attention, "attn_vec_einsum", None) or attention.o_proj
+    return jax.random.normal(jax.random.key(3), (batch, count, output.shape[-1]))
+
+
 def layer_cache(batch: int, slots: int) -> dict:
     """The cache of a layer as the models have it."""
     shape = (batch, slots, KV_HEADS, HEAD_DIM)
@@ -63,6 +103,9 @@ def layer_cache(batch: int, slots: int) -> dict:
 
 
 def plain_cache(model, batch: int, slots: int) -> dict:
+    if isinstance(model, gemma4.Gemma4):
+        # Layers that share a cache have none, and windows are rings.
+        return jax.tree.map(jnp.asarray, model.init_cache(batch, slots, jnp.float32))
     return {f"layer_{i}": layer_cache(batch, slots) for i in range(len(model.layers))}
 
 

@@ -82,6 +82,20 @@ def test_attend_divides_by_the_normalizers(coreset, signed, queries):
     np.testing.assert_array_equal(module.normalizers(coreset), np.ones(coreset.indices.shape))
 
 
+def test_attend_caps_scores_and_adds_sink_logits(coreset, signed, queries):
+    sinks = np.linspace(-1, 2, 6, dtype=np.float32).reshape(LEADING)
+    rows = np.broadcast_to(sinks[..., None], queries.shape[:-1])
+    found = attend(queries, coreset, soft_cap=0.7, sink_logits=sinks)
+    expected = brute_force.attention(queries, *coreset[:3], soft_cap=0.7, sink_logits=rows)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    options = {"normalizers": signed.normalizers, "soft_cap": 0.7}
+    expected = brute_force.attention(queries, *coreset[:3], **options)
+    found = attend(queries, signed, soft_cap=0.7)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="sink_logits"):
+        attend(queries, signed, sink_logits=sinks)
+
+
 def test_attend_keeps_half_precision(coreset, signed, queries):
     asked = queries.astype(jnp.bfloat16)
     for each in (coreset, signed):

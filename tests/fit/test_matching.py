@@ -10,6 +10,7 @@ from coreset_jax import refit
 from coreset_jax._src.core.coreset import emptied, gather
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.fit import query_targets
+from tests import brute_force
 from tests.compressors import newest, sampled, signed
 from tests.compressors import refit as fit_to
 
@@ -96,6 +97,24 @@ def made_up(seed, keys, values, size=SIZE):
     log_weights = np.broadcast_to(rng.uniform(0, 3, size), near[0].shape[:-1])
     indices = np.broadcast_to(places.astype(np.int32), log_weights.shape)
     return cj.Coreset(*near, log_weights, indices)
+
+
+def test_targets_under_a_cap_are_brute_force(x64):
+    """Scores are capped as they are, and not behind the shift by centered keys."""
+    soft_cap, (keys, values, queries) = 0.5, draw(3)
+    keys += 2
+    coreset = made_up(0, keys, values)
+    arrays = map(jnp.asarray, (keys, values, COUNT, queries))
+    head = Head.prepare(RNG, jnp.int32(0), *arrays, ragged=False)
+    targets = query_targets.evaluate(head, coreset.keys, np.ones(SIZE, bool), soft_cap)
+    exact = brute_force.attention(queries, keys, values, soft_cap=soft_cap)
+    found = head.standardization.restore_values(targets.outputs())
+    np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-10)
+    read = brute_force.attention(queries, *coreset[:3], soft_cap=soft_cap)
+    expected = np.mean(np.sum((read - exact) ** 2, axis=-1))
+    error = targets.mean_squared_error(coreset.values, coreset.log_weights)
+    unit = head.standardization.value_radius
+    np.testing.assert_allclose(error * unit**2, expected, rtol=1e-9)
 
 
 @pytest.mark.slow

@@ -44,15 +44,20 @@ class Sequences(NamedTuple):
         """A batch of one sequence only."""
         return self.entries(*[number] * len(self.keys))
 
-    def causal(self):
+    def causal(self, soft_cap=None, sink_logits=None):
         """Every query's attention to all pairs up to its own, in float64."""
         queries, keys, values = (np.asarray(array, np.float64) for array in self)
         group = queries.shape[2] // keys.shape[2]
         keys, values = (np.repeat(array, group, axis=2) for array in (keys, values))
         scores = np.einsum("bqhd,bnhd->bhqn", queries, keys) / np.sqrt(queries.shape[-1])
+        if soft_cap is not None:
+            scores = soft_cap * np.tanh(scores / soft_cap)
         scores = np.where(np.tri(queries.shape[1], dtype=bool), scores, -np.inf)
-        masses = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        masses /= masses.sum(axis=-1, keepdims=True)
+        most = scores.max(axis=-1, keepdims=True)
+        masses, total = np.exp(scores - most), 0
+        if sink_logits is not None:
+            total = np.exp(np.asarray(sink_logits, np.float64)[:, None, None] - most)
+        masses /= masses.sum(axis=-1, keepdims=True) + total
         return np.einsum("bhqn,bnhv->bqhv", masses, values)
 
 

@@ -21,7 +21,8 @@ def attention_bias(
     It is the ``bias`` of ``jax.nn.dot_product_attention`` and its like, beside keys and values of
     the coreset ``[batch, m, kv_heads, d]``, and wants as many numbers as there are query heads.
     Of the implementations there, XLA's takes it as it is; cuDNN's broadcasts nothing over queries
-    and needs their number in ``query_length``.
+    and needs their number in ``query_length``. Attention that caps its scores must add the bias
+    behind the cap, as :func:`coreset_jax.attend` does.
 
     Args:
       coreset: a coreset of heads ``[..., kv_heads, m]``.

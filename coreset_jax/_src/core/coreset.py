@@ -248,6 +248,8 @@ def attend(
     coreset: Coreset | SignedCoreset,
     *,
     scale: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    sink_logits: Float[Array, "..."] | None = None,
     block_size: int | None = None,
 ) -> Float[Array, "*heads q dv"]:
     r"""Attention of queries over a coreset, in place of the cache that it stands for.
@@ -256,7 +258,8 @@ def attend(
        \mathrm{Attn}'(q) = \frac{\sum_i w_i e^{\mathrm{scale}\langle q,k_i\rangle} v_i}
                                 {\sum_i w_i z_i e^{\mathrm{scale}\langle q,k_i\rangle}}
 
-    with :math:`z_i = 1` unless the coreset is signed and carries normalizers.
+    with :math:`z_i = 1` unless the coreset is signed and carries normalizers, and with capped
+    scores and a sink logit in the denominator where they are given.
 
     Args:
       queries: queries ``[..., q, d]`` with the leading axes of the coreset.
@@ -265,13 +268,16 @@ def attend(
         made for, ``coreset.scale``, and ``1/sqrt(d)`` if it has none. Any other than the coreset's
         is an error; under ``jit`` or ``vmap``, where it cannot be seen, outputs are NaN in heads
         whose scale differs.
+      soft_cap: the cap of scores, see :func:`coreset_jax.attention`.
+      sink_logits: learned logits of the denominator, see :func:`coreset_jax.attention`.
       block_size: pairs per step, see :func:`coreset_jax.attention`.
 
     Returns:
       Outputs ``[..., q, dv]`` in the dtype of the coreset's values.
 
     Raises:
-      ValueError: if the queries do not fit the coreset's keys, or the scale is not the coreset's.
+      ValueError: if queries or sink logits do not fit the coreset's keys, if the scale is not the
+        coreset's, and on sink logits beside a signed coreset.
 
     >>> import jax, jax.numpy as jnp, coreset_jax as cj
     >>> keys, values = jax.random.normal(jax.random.key(0), (2, 512, 16))
@@ -282,13 +288,22 @@ def attend(
     scale = scale_of(coreset, scale)
     columns = coreset.values
     if isinstance(coreset, SignedCoreset):
+        if sink_logits is not None:
+            raise ValueError("sink_logits must be None for a signed coreset.")
         # One more value column carries the denominator, so that any softmax kernel can serve it.
         dtype = accumulation_dtype(coreset.keys, coreset.values)
         columns = jnp.concatenate(
             [each.astype(dtype) for each in (columns, coreset.normalizers[..., None])], axis=-1
         )
     output = attention(
-        queries, coreset.keys, columns, coreset.log_weights, scale=scale, block_size=block_size
+        queries,
+        coreset.keys,
+        columns,
+        coreset.log_weights,
+        scale=scale,
+        soft_cap=soft_cap,
+        sink_logits=sink_logits,
+        block_size=block_size,
     )
     if isinstance(coreset, SignedCoreset):
         output = output[..., :-1] / output[..., -1:]

@@ -217,6 +217,7 @@ def partial_attention_packed(
     packed: PackedCoreset,
     *,
     scale: ArrayLike | None = None,
+    soft_cap: float | None = None,
 ) -> PartialAttention:
     r"""Attention over packed pairs, ready to be merged with other pairs.
 
@@ -231,6 +232,7 @@ def partial_attention_packed(
       packed: the packed coreset ``[..., slots]``.
       scale: the softmax scale, a scalar or ``[..., heads]``; ``None`` means that of the coreset,
         and ``1/sqrt(d)`` if it has none.
+      soft_cap: the cap of scores, see :func:`coreset_jax.attention`.
 
     Returns:
       The partial state ``[..., heads, q]``, in float32 or wider.
@@ -241,7 +243,7 @@ def partial_attention_packed(
     scale = reading_scale(packed.scale, scale, queries.shape[:-2])
     if scale is not None:
         scale = jnp.broadcast_to(jnp.asarray(scale), queries.shape[:-2])
-    over = _over_pages
+    over = functools.partial(_over_pages, soft_cap=soft_cap)
     for _ in range(packed.offsets.ndim - 1):
         over = jax.vmap(over, in_axes=(0, 0, None if scale is None else 0))
     return over(queries, packed, scale)
@@ -251,6 +253,7 @@ def _over_pages(
     queries: Float[Array, "heads q d"],
     packed: PackedCoreset,
     scale: Float[Array, " heads"] | None,
+    soft_cap: float | None,
 ) -> PartialAttention:
     count, heads = queries.shape[1], packed.num_heads
     pages = packed.keys.shape[0] // packed.page_size
@@ -260,7 +263,7 @@ def _over_pages(
 
     firsts = jnp.arange(pages, dtype=jnp.int32) * packed.page_size
     owners = head_of(firsts, packed.offsets)
-    scales = None if scale is None else scale[owners][:, None, None]
+    scales = None if scale is None else scale[owners]
 
     def reduced(segment: Callable[..., Array], each: Array) -> Array:
         return segment(each, owners, num_segments=heads, indices_are_sorted=True)
@@ -272,6 +275,7 @@ def _over_pages(
             paged(packed.values),
             paged(packed.log_weights),
             scale=scales,
+            soft_cap=soft_cap,
         )
         maximum = reduced(jax.ops.segment_max, states.maximum)
         shift = jnp.where(jnp.isneginf(maximum), jnp.zeros_like(maximum), maximum)

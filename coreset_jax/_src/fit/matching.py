@@ -83,6 +83,7 @@ def correct_to_queries(
     kernel_radius: Float[Array, ""] | None,
     *,
     strength: float,
+    soft_cap: float | None = None,
 ) -> tuple[Coreset, Info]:
     """A coreset corrected by what sample queries miss; see :class:`coreset_jax.refit.matching`.
 
@@ -92,6 +93,7 @@ def correct_to_queries(
       info: what has happened before.
       kernel_radius: the radius of the kernel on unit keys; ``None`` for the default.
       strength: how much a change in the kernel counts beside the samples, static.
+      soft_cap: the cap of the samples' scores, static, see :func:`coreset_jax.attention`.
     """
     geometry = fitting_geometry(head.standardization, kernel_radius)
     dtype = head.dtype
@@ -106,7 +108,7 @@ def correct_to_queries(
     lift = jnp.where(held, jnp.minimum(norms, _MOST_LIFT), 0)
     heights = jnp.exp(lift)[:, None]
     coefficients = heights * weights[:, None] * geometry.coefficients(coreset.values)
-    targets = evaluate(head, coreset.keys, held)
+    targets = evaluate(head, coreset.keys, held, soft_cap)
     totals = targets.cache.maximum + jnp.log(targets.cache.total)
     shares = targets.scores - totals[:, None] - lift[None]
     # In the unit in which their squares sum to the number of pairs, as those of the kernel's

@@ -4,6 +4,7 @@ With scores :math:`s_{qi}` of the samples and their exact outputs :math:`Y`, att
 weights under which the kept pairs have the mass of all, and then values that answer like all.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Shaped
 
-from coreset_jax._src.attention import PartialAttention, merge, partial_attention
+from coreset_jax._src.attention import PartialAttention, capped, merge, partial_attention
 from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
@@ -59,11 +60,14 @@ class QueryTargets(NamedTuple):
         return jnp.mean(jnp.sum(jnp.square(errors), axis=-1))
 
 
-def sampled_attention(head: Head) -> tuple[Float[Array, "q d"], PartialAttention]:
+def sampled_attention(
+    head: Head, soft_cap: float | None = None
+) -> tuple[Float[Array, "q d"], PartialAttention]:
     """Unit sample queries of a head, and their attention over all of its pairs, of unit values.
 
     Args:
       head: a head with sample queries.
+      soft_cap: the cap of scores, static, see :func:`coreset_jax.attention`.
 
     Returns:
       Unit queries ``[q, d]``, to be read with scale 1, and the state of their attention over unit
@@ -72,17 +76,19 @@ def sampled_attention(head: Head) -> tuple[Float[Array, "q d"], PartialAttention
     assert head.queries is not None
     standardization, dtype = head.standardization, head.dtype
     unit = standardization.unit_queries(head.queries)
+    asked, scale, key_units = _scored_by(head, unit, soft_cap)
 
     def add(
         state: PartialAttention, block: tuple[Array, Array, Array]
     ) -> tuple[PartialAttention, None]:
         keys, values, log_masses = block
         more = partial_attention(
-            unit,
-            standardization.unit_keys(keys),
+            asked,
+            key_units(keys),
             standardization.unit_values(values),
             log_masses,
-            scale=1.0,
+            scale=scale,
+            soft_cap=soft_cap,
         )
         return merge(state, more), None
 
@@ -93,6 +99,19 @@ def sampled_attention(head: Head) -> tuple[Float[Array, "q d"], PartialAttention
     )
     source = pairs_in_blocks(head, unit.shape[0], head.log_masses, -jnp.inf)
     return unit, jax.lax.scan(add, nothing, source)[0]
+
+
+def _scored_by(
+    head: Head, unit: Float[Array, "q d"], soft_cap: float | None
+) -> tuple[Float[Array, "q d"], ArrayLike, Callable[[Array], Array]]:
+    """Queries, the scale, and what makes keys of raw ones, between which scores are made.
+
+    Unit keys are centered, by which scores of a query move together. That matters to a cap.
+    """
+    if soft_cap is None:
+        return unit, 1.0, head.standardization.unit_keys
+    assert head.queries is not None
+    return head.queries.astype(head.dtype), head.scale, lambda keys: keys.astype(head.dtype)
 
 
 def pairs_in_blocks(
@@ -112,16 +131,23 @@ def pairs_in_blocks(
     )
 
 
-def evaluate(head: Head, keys: Float[Array, "m d"], held: Bool[Array, " m"]) -> QueryTargets:
+def evaluate(
+    head: Head,
+    keys: Float[Array, "m d"],
+    held: Bool[Array, " m"],
+    soft_cap: float | None = None,
+) -> QueryTargets:
     """Attention of a head's sample queries over all of its pairs, and their scores of some keys.
 
     Args:
       head: a head with sample queries.
       keys: raw keys of a coreset of it ``[m, d]``.
       held: which of them are no empty slots ``[m]``.
+      soft_cap: the cap of scores, static, see :func:`coreset_jax.attention`.
     """
-    unit, cache = sampled_attention(head)
-    scores = inner_products(unit, head.standardization.unit_keys(keys))
+    unit, cache = sampled_attention(head, soft_cap)
+    asked, scale, key_units = _scored_by(head, unit, soft_cap)
+    scores = capped(jnp.multiply(scale, inner_products(asked, key_units(keys))), soft_cap)
     scores = jnp.where(held[None], scores, -jnp.inf)
     return QueryTargets(head.standardization, unit, cache, scores)
 
