@@ -37,17 +37,6 @@ def explicit_mesh(*trees: Any) -> AbstractMesh | None:
     return None
 
 
-def leading_names(tree: Any, axes: int) -> tuple[Name, ...]:
-    """What the leading axes of arrays are cut by, as their types say.
-
-    Args:
-      tree: arrays that have all of these leading axes; the first that is cut along one decides.
-      axes: how many leading axes.
-    """
-    specs = [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(tree)]
-    return _shared_names([spec[:axes] for spec in specs], [[True] * axes] * len(specs))
-
-
 def _each(*names: Name) -> list[str]:
     """The axes of a mesh in some names."""
     flat: list[str] = []
@@ -107,6 +96,28 @@ def on_each_device(
 
 def _is_spec(leaf: Any) -> bool:
     return isinstance(leaf, PartitionSpec)
+
+
+def for_heads(
+    function: Callable[..., Result], axes: int, shared: Any, *of_heads: Any
+) -> Result:
+    """What a function of all heads returns; under Explicit axes each device has heads of its own.
+
+    Args:
+      function: a pure function of what follows that is the same on some of the heads, which are in
+        front of all its results.
+      axes: how many leading axes of heads there are.
+      shared: arrays that are the same for all heads.
+      *of_heads: trees of arrays with these leading axes.
+    """
+    mesh = explicit_mesh(of_heads)
+    if mesh is None:
+        return function(shared, *of_heads)
+    specs = [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(of_heads)]
+    names = _shared_names([spec[:axes] for spec in specs], [[True] * axes] * len(specs))
+    spec = PartitionSpec(*names)
+    in_specs = PartitionSpec(), *[spec] * len(of_heads)
+    return on_each_device(function, mesh, in_specs, spec)(shared, *of_heads)
 
 
 def leading_shape(
