@@ -12,14 +12,17 @@ on one device as a whole, and a program of many devices is that of one on fewer 
 Inside ``jax.shard_map`` axes are Manual, and none of this happens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
+
+from coreset_jax._src.checks import is_traced
 
 Result = TypeVar("Result")
 
@@ -27,13 +30,14 @@ Result = TypeVar("Result")
 Name = str | tuple[str, ...] | None
 
 
-def explicit_mesh(*trees: Any) -> AbstractMesh | None:
+def explicit_mesh(*trees: Any) -> Mesh | AbstractMesh | None:
     """The mesh of Explicit axes on which some of these arrays lie, or ``None``."""
     for leaf in jax.tree.leaves(trees):
         if isinstance(leaf, jax.Array):
             mesh = jax.typeof(leaf).sharding.mesh
             if mesh.size > 1 and AxisType.Explicit in mesh.axis_types:
-                return mesh
+                # With its devices where it has some: outside of jit they are needed.
+                return mesh if is_traced(leaf) else leaf.sharding.mesh
     return None
 
 
@@ -45,19 +49,27 @@ def _each(*names: Name) -> list[str]:
     return flat
 
 
-def placed(tree: Any, mesh: AbstractMesh, spec: PartitionSpec) -> Any:
+def placed(tree: Any, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Any:
     """Arrays cut by the same names, wherever they were; for meshes of Explicit axes."""
 
     def place(leaf: Any) -> Array:
         leaf = jnp.asarray(leaf)
         whole = PartitionSpec(*spec, *[None] * (leaf.ndim - len(spec)))
-        return jax.sharding.reshard(leaf, NamedSharding(mesh, whole))
+        known, wanted = jax.typeof(leaf).sharding, NamedSharding(mesh, whole)
+        if known.mesh == mesh.abstract_mesh and known.spec == whole:
+            return leaf
+        if is_traced(leaf) or isinstance(mesh, AbstractMesh):
+            return jax.sharding.reshard(leaf, wanted)
+        return jax.device_put(leaf, wanted)
 
     return jax.tree.map(place, tree)
 
 
 def on_each_device(
-    function: Callable[..., Result], mesh: AbstractMesh, in_specs: Sequence[Any], out_specs: Any
+    function: Callable[..., Result],
+    mesh: Mesh | AbstractMesh,
+    in_specs: Sequence[Any],
+    out_specs: Any,
 ) -> Callable[..., Result]:
     """A function of whole arrays, of which each device computes the part that it has.
 
@@ -99,7 +111,11 @@ def _is_spec(leaf: Any) -> bool:
 
 
 def for_heads(
-    function: Callable[..., Result], axes: int, shared: Any, *of_heads: Any
+    function: Callable[..., Result],
+    axes: int,
+    shared: Any,
+    *of_heads: Any,
+    together: Sequence[int] = (),
 ) -> Result:
     """What a function of all heads returns; under Explicit axes each device has heads of its own.
 
@@ -108,21 +124,48 @@ def for_heads(
         front of all its results.
       axes: how many leading axes of heads there are.
       shared: arrays that are the same for all heads.
-      *of_heads: trees of arrays with these leading axes.
+      *of_heads: trees of arrays with these leading axes; a single number is for all heads.
+      together: leading axes along which heads do know of each other: every device has them all.
     """
     mesh = explicit_mesh(of_heads)
     if mesh is None:
         return function(shared, *of_heads)
-    specs = [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(of_heads)]
-    names = _shared_names([spec[:axes] for spec in specs], [[True] * axes] * len(specs))
-    spec = PartitionSpec(*names)
-    in_specs = PartitionSpec(), *[spec] * len(of_heads)
-    return on_each_device(function, mesh, in_specs, spec)(shared, *of_heads)
+    names = head_names(of_heads, axes)
+    local = PartitionSpec(*(None if axis in together else name for axis, name in enumerate(names)))
+
+    def specs(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: local if jnp.ndim(leaf) else PartitionSpec(), tree)
+
+    in_specs = PartitionSpec(), *map(specs, of_heads)
+    results = on_each_device(function, mesh, in_specs, local)(shared, *of_heads)
+    return placed(results, mesh, PartitionSpec(*names)) if together else results
 
 
-def leading_shape(
-    leaves: Sequence[Array], has_axes: Sequence[Sequence[bool]]
-) -> tuple[int, ...]:
+def head_names(tree: Any, axes: int) -> tuple[Name, ...]:
+    """What the leading axes of arrays are cut by, as their types say; the first decides."""
+    specs = [jax.typeof(leaf).sharding.spec[:axes] for leaf in jax.tree.leaves(tree)]
+    return _shared_names(specs, [[True] * axes] * len(specs))
+
+
+def alike(axes: int, *trees: Any) -> tuple[Any, ...]:
+    """Arrays as they are; under Explicit axes cut along their leading axes by the same names.
+
+    What their other axes are cut by stays.
+    """
+    mesh = explicit_mesh(trees)
+    if mesh is None:
+        return trees
+    names = head_names(trees, axes)
+
+    def place(leaf: Array) -> Array:
+        rest = jax.typeof(leaf).sharding.spec[axes:]
+        kept = [None if set(_each(name)) & set(_each(*names)) else name for name in rest]
+        return placed(leaf, mesh, PartitionSpec(*names, *kept))
+
+    return jax.tree.map(place, trees)
+
+
+def leading_shape(leaves: Sequence[Array], has_axes: Sequence[Sequence[bool]]) -> tuple[int, ...]:
     """The lengths of the leading axes of arrays, each of which has some of them."""
     lengths = [0] * len(has_axes[0])
     for leaf, has in zip(leaves, has_axes, strict=True):
@@ -160,6 +203,16 @@ def _on_auto_mesh(leaves: Sequence[Array]) -> bool:
         if mesh.size > 1:
             return all(kind == AxisType.Auto for kind in mesh.axis_types)
     return False
+
+
+def first_names(specs: Sequence[Sequence[Name]]) -> tuple[Name, ...]:
+    """What axes are cut by that several arrays have; of those that disagree the first decides."""
+    return _shared_names(specs, [[True] * len(spec) for spec in specs])
+
+
+def parts(mesh: Mesh | AbstractMesh, name: Name) -> int:
+    """How many parts an axis is cut into by a name."""
+    return math.prod(mesh.shape[each] for each in _each(name))
 
 
 def _shared_names(
@@ -223,9 +276,6 @@ def _cut_by_the_compiler(
     operands = [factors(has, each.ndim) for has, each in zip(has_axes, plain, strict=True)]
     results = [factors(everything, each.ndim) for each in shapes]
     operation = custom_partitioning(flat)
-    operation.def_partition(
-        partition,
-        sharding_rule=f"{', '.join(operands)} -> {', '.join(results)}",
-        need_replication_factors=tuple(own),
-    )
+    rule = f"{', '.join(operands)} -> {', '.join(results)}"
+    operation.def_partition(partition, sharding_rule=rule)
     return jax.tree.unflatten(tree, operation(*plain))

@@ -6,6 +6,7 @@ scores. Shapes never change, so a decoding step is traced once.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from coreset_jax.nn import middle as middles
 from coreset_jax.nn.config import CacheConfig
 from coreset_jax.nn.grouped import Part, attend, by_head
 from coreset_jax.nn.kv_block import KVBlock
+from coreset_jax.nn.placing import for_sequences
 
 
 @struct.dataclass
@@ -93,9 +95,14 @@ class CoresetCache:
         checks.check_pairs(keys, values)
         checks.check_example(keys)
         check_heads(config.compressor, keys.shape[2:3], config.block_size, keys.shape[3])
-        words = jnp.zeros_like(keys[:, 0, 0, :1], jnp.uint32)
-        words = words + jax.random.bits(rng, (1, 2), jnp.uint32)
-        return cls._empty(config, words, keys, values)
+        words = jnp.broadcast_to(jax.random.bits(rng, (1, 2), jnp.uint32), (keys.shape[0], 2))
+
+        def empty(nothing: CoresetCache, keys: Array, values: Array, words: Array) -> CoresetCache:
+            words = jnp.zeros_like(keys[:, 0, 0, :1], jnp.uint32) + words
+            return cls._empty(nothing.config, words, keys, values)
+
+        nothing = cls(*[None] * 6, config)  # type: ignore[arg-type]
+        return for_sequences(empty)(nothing, keys[:, :1], values[:, :1], words)
 
     @classmethod
     def _empty(
@@ -122,18 +129,7 @@ class CoresetCache:
     @property
     def positions(self) -> Int[Array, "batch kv_heads size"]:
         """Places in the sequence of the pairs held, -1 in empty slots: sinks, middle, recent."""
-        sinks = kv_block.numbers(self.config.sinks)
-        sinks = jnp.where(sinks < self.lengths[:, None], sinks, -1)
-        filled = _filled(self)[:, None]
-        recent = kv_block.numbers(self.config.num_recent)
-        recent = jnp.where(recent < filled, self.lengths[:, None] - filled + recent, -1)
-        outgrown = _outgrown(self)[:, None, None]
-        middle = jnp.where(outgrown, middles.positions(self.middle), -1)
-        spread = [
-            jnp.broadcast_to(part[:, None], (*middle.shape[:2], part.shape[-1]))
-            for part in (sinks, recent)
-        ]
-        return jnp.concatenate([spread[0], middle, spread[1]], axis=-1).astype(jnp.int32)
+        return _positions(self)
 
     def reset(self, rows: Bool[Array, " batch"]) -> "CoresetCache":
         """A cache with room for new sequences: some rows are empty, the others as they were.
@@ -198,7 +194,7 @@ class CoresetCache:
           ValueError: if shapes, dtypes or lengths do not fit the cache.
         """
         checks.check_new_pairs(keys, values, lengths, self.recent)
-        return _append(self, keys, values, lengths)
+        return _append(self, keys, values, lengths, None)
 
     def attend(
         self,
@@ -260,7 +256,7 @@ class CoresetCache:
         outputs = self.attend(queries, keys, values, lengths)
         self._check_prompt(keys)
         if keys.shape[1] == 1:
-            return outputs, _append(self, keys, values, lengths)
+            return outputs, _append(self, keys, values, lengths, None)
         return outputs, _extend(self, queries, keys, values, lengths)
 
     def _check_prompt(self, keys: Array) -> None:
@@ -275,14 +271,38 @@ class CoresetCache:
 
 
 @jax.jit
-def _reset(cache: CoresetCache, rows: Array) -> CoresetCache:
-    keys, values = map(by_head, cache.recent)
-    return _chosen(rows, CoresetCache._empty(cache.config, cache.rng, keys, values), cache)
+@functools.partial(for_sequences, like="pairs")
+def _positions(cache: CoresetCache) -> Array:
+    sinks = kv_block.numbers(cache.config.sinks)
+    sinks = jnp.where(sinks < cache.lengths[:, None], sinks, -1)
+    filled = _filled(cache)[:, None]
+    recent = kv_block.numbers(cache.config.num_recent)
+    recent = jnp.where(recent < filled, cache.lengths[:, None] - filled + recent, -1)
+    outgrown = _outgrown(cache)[:, None, None]
+    middle = jnp.where(outgrown, middles.positions(cache.middle), -1)
+    spread = [
+        jnp.broadcast_to(part[:, None], (*middle.shape[:2], part.shape[-1]))
+        for part in (sinks, recent)
+    ]
+    return jnp.concatenate([spread[0], middle, spread[1]], axis=-1).astype(jnp.int32)
 
 
 @jax.jit
+@for_sequences
+def _reset(cache: CoresetCache, rows: Array) -> CoresetCache:
+    keys, values = map(by_head, cache.recent)
+    return joining.chosen(rows, CoresetCache._empty(cache.config, cache.rng, keys, values), cache)
+
+
+@jax.jit
+@functools.partial(for_sequences, draws=True)
 def _prefill(
-    cache: CoresetCache, keys: Array, values: Array, lengths: Array | None, queries: Array | None
+    cache: CoresetCache,
+    keys: Array,
+    values: Array,
+    lengths: Array | None,
+    queries: Array | None,
+    heads: Array,
 ) -> CoresetCache:
     config = cache.config
     lengths = _counts(cache, keys, lengths)
@@ -292,7 +312,7 @@ def _prefill(
     return dataclasses.replace(
         cache,
         sinks=kv_block.cut(prompt, config.sinks, jnp.zeros_like(lengths), lengths),
-        middle=middles.compress(config, cache.rng, prompt, first - spared, queries),
+        middle=middles.compress(config, cache.rng, prompt, first - spared, heads, queries),
         recent=kv_block.cut(prompt, config.num_recent, first, lengths),
         filled=lengths - first,
         lengths=lengths,
@@ -300,18 +320,21 @@ def _prefill(
 
 
 @jax.jit
+@functools.partial(for_sequences, draws=True)
 def _append(
     cache: CoresetCache,
     keys: Array,
     values: Array,
     lengths: Array | None,
-    queries: Array | None = None,
+    queries: Array | None,
+    heads: Array,
 ) -> CoresetCache:
     counts = _counts(cache, keys, lengths)
     total = keys.shape[1]
     if total > cache.config.block_size and cache.config.middle and cache.config.compressor is None:
         cache = _reset(cache, _left(cache))
-        return joining.append_many(cache, KVBlock(by_head(keys), by_head(values)), counts, queries)
+        new = KVBlock(by_head(keys), by_head(values))
+        return joining.append_many(cache, new, counts, heads, queries)
     width = min(total, cache.config.block_size)
     pieces = -(-total // width)
     padding = ((0, 0), (0, 0), (0, pieces * width - total), (0, 0))
@@ -324,7 +347,9 @@ def _append(
         full = _filled(cache) + inside > cache.config.num_recent
         left = _left(cache)
         cache = jax.lax.cond(
-            jnp.any(full | left), lambda: joining.flush(_reset(cache, left), full), lambda: cache
+            jnp.any(full | left),
+            lambda: joining.flush(_reset(cache, left), full, heads),
+            lambda: cache,
         )
         pairs = (jax.lax.dynamic_slice_in_dim(array, start, width, 2) for array in new)
         return joining.write(cache, KVBlock(*pairs), inside)
@@ -333,6 +358,7 @@ def _append(
 
 
 @jax.jit
+@functools.partial(for_sequences, like="tokens")
 def _attend(
     cache: CoresetCache,
     queries: Array,
@@ -352,8 +378,14 @@ def _attend(
 
 
 @jax.jit
+@functools.partial(for_sequences, draws=True)
 def _extend(
-    cache: CoresetCache, queries: Array, keys: Array, values: Array, lengths: Array | None
+    cache: CoresetCache,
+    queries: Array,
+    keys: Array,
+    values: Array,
+    lengths: Array | None,
+    heads: Array,
 ) -> CoresetCache:
     count = keys.shape[1]
     # The last queries of a prompt are the best sample there is of those to come.
@@ -365,12 +397,16 @@ def _extend(
     starts = cache.lengths == 0
 
     def started() -> CoresetCache:
-        return _chosen(starts, _prefill(cache, keys, values, lengths, asked), cache)
+        return joining.chosen(
+            starts, _prefill(cache, keys, values, lengths, asked, heads=heads), cache
+        )
 
     cache = jax.lax.cond(jnp.any(starts), started, lambda: cache)
     others = jnp.where(starts, 0, ends)
     return jax.lax.cond(
-        jnp.all(starts), lambda: cache, lambda: _append(cache, keys, values, others, asked)
+        jnp.all(starts),
+        lambda: cache,
+        lambda: _append(cache, keys, values, others, asked, heads=heads),
     )
 
 
@@ -406,16 +442,6 @@ def _left(cache: CoresetCache) -> Bool[Array, " batch"]:
 def _filled(cache: CoresetCache) -> Int[Array, " batch"]:
     """Number of valid recent pairs, whatever is left of a sequence that was there before."""
     return jnp.where(_outgrown(cache), cache.filled, 0)
-
-
-def _chosen(rows: Array, new: CoresetCache, old: CoresetCache) -> CoresetCache:
-    """Some rows of one cache, and the others of another."""
-
-    def choose(new: Array, old: Array) -> Array:
-        return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    chosen: CoresetCache = jax.tree.map(choose, new, old)
-    return chosen
 
 
 def _counts(cache: CoresetCache, keys: Array, lengths: Array | None) -> Int[Array, " batch"]:
