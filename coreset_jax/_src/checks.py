@@ -1,5 +1,6 @@
 """Argument checks shared by every public entry point; they run before any tracing."""
 
+import math
 from typing import Any
 
 import jax
@@ -39,8 +40,14 @@ def check_unsharded(name: str, array: Any, axis: int) -> None:
     """
     if not isinstance(array, jax.Array):
         return
-    sharding = jax.typeof(array).sharding if is_traced(array) else array.sharding
-    count, part = array.shape[axis], sharding.shard_shape(array.shape)[axis]
+    count = array.shape[axis]
+    if is_traced(array):
+        sharding = jax.typeof(array).sharding
+        names = sharding.spec[axis] or ()
+        names = (names,) if isinstance(names, str) else names
+        part = count // math.prod(sharding.mesh.shape[name] for name in names)
+    else:
+        part = array.sharding.shard_shape(array.shape)[axis]
     if part != count:
         raise ValueError(
             f"{name} must not be sharded along the sequence, axis {axis % array.ndim} of "

@@ -165,6 +165,22 @@ def alike(axes: int, *trees: Any) -> tuple[Any, ...]:
     return jax.tree.map(place, trees)
 
 
+def gathered(axis: int, tree: Any) -> Any:
+    """Arrays that have all along one of their axes on every device; for Explicit axes alone."""
+    mesh = explicit_mesh(tree)
+    if mesh is None:
+        return tree
+
+    def gather(leaf: Any) -> Any:
+        names = list(jax.typeof(leaf).sharding.spec)
+        if len(names) <= axis or names[axis] is None:
+            return leaf
+        names[axis] = None
+        return placed(leaf, mesh, PartitionSpec(*names))
+
+    return jax.tree.map(gather, tree)
+
+
 def leading_shape(leaves: Sequence[Array], has_axes: Sequence[Sequence[bool]]) -> tuple[int, ...]:
     """The lengths of the leading axes of arrays, each of which has some of them."""
     lengths = [0] * len(has_axes[0])

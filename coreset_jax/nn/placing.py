@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from coreset_jax._src import meshes
@@ -78,3 +78,14 @@ def for_sequences(
 
 def _is_tokens(array: Array | None) -> bool:
     return array is not None and array.ndim == 4
+
+
+def projected_sharding(heads: Array) -> NamedSharding | None:
+    """How outputs of all heads ``[batch, length, features]`` lie, a sum over the heads.
+
+    Under Explicit axes a sum over what is on several devices must say it; elsewhere ``None``.
+    """
+    mesh, spec = meshes.explicit_mesh(heads), jax.typeof(heads).sharding.spec
+    if mesh is None or spec[-2] is None:
+        return None
+    return NamedSharding(mesh, PartitionSpec(*spec[:-2], None))
