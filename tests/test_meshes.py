@@ -128,7 +128,9 @@ def one_budget(axes, k, v, q, l):
 def measures(k, v, q, l):
     observed = queries.observe(queries.empty(k, count=4), q, k, lengths=l)
     unit = geometry.standardize(k, v, queries=q, lengths=l)
-    return observed.queries, observed.scores, unit, geometry.calibrate(k, q, lengths=l)
+    # The scale is a constant, which the compiler puts anywhere.
+    measured = unit.rho, unit.key_center, unit.value_radius
+    return observed.queries, observed.scores, measured, geometry.calibrate(k, q, lengths=l)
 
 
 def slopes(k, v, q, l):
@@ -143,7 +145,7 @@ def slopes(k, v, q, l):
     [
         attend,
         measures,
-        pytest.param(functools.partial(one_budget, (-1,)), id="one_budget"),
+        pytest.param(functools.partial(one_budget, (-1,)), id="one_budget", marks=pytest.mark.slow),
         pytest.param(functools.partial(one_budget, (0, 1)), id="one_budget_for_all"),
         pytest.param(bounds, marks=pytest.mark.slow),
         pytest.param(stream, marks=pytest.mark.slow),
