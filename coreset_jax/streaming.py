@@ -15,13 +15,14 @@ once.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from coreset_jax._src import checks
+from coreset_jax._src import checks, meshes
 from coreset_jax._src.balance import walks
 from coreset_jax._src.core.compressor import Compressor
 from coreset_jax._src.core.coreset import Coreset
@@ -36,6 +37,8 @@ from coreset_jax._src.stream.halvings import (
 )
 from coreset_jax._src.stream.sketch import Pairs, Settings
 from coreset_jax._src.stream.summary import Summary
+
+Result = TypeVar("Result")
 
 
 class StreamState(NamedTuple):
@@ -155,17 +158,8 @@ class merge_and_reduce:  # noqa: N801
             no head.
         """
         checks.check_cache(keys, values)
-        leading = keys.shape[:-2]
-        check_heads(self.compressor, leading, self.block_size, keys.shape[-1])
-
-        def one_head(key: Array, value: Array) -> tuple[Summary, Pairs]:
-            summary = summaries.empty(self.size - self.block_size, self.landmarks, key, value)
-            buffer = summaries.empty(self.block_size, 1, key, value).pairs
-            return summary, buffer
-
-        summary, buffer = over_axes(one_head, len(leading))(keys[..., 0, :], values[..., 0, :])
-        rngs = jax.random.split(rng, leading)
-        return StreamState(summary, buffer, jnp.zeros_like(summary.absorbed), rngs)
+        check_heads(self.compressor, keys.shape[:-2], self.block_size, keys.shape[-1])
+        return _init(self, rng, keys[..., :1, :], values[..., :1, :])
 
     def append(
         self,
@@ -234,7 +228,7 @@ class merge_and_reduce:  # noqa: N801
                 None if scale is None else jnp.full_like(weights[0], scale),
             )
 
-        return over_axes(one_head, state.filled.ndim)(state)
+        return _for_heads(one_head, state)
 
     def merge(self, left: StreamState, right: StreamState) -> StreamState:
         """The stream that saw all of ``left`` and then all of ``right``.
@@ -266,7 +260,7 @@ class merge_and_reduce:  # noqa: N801
                 summaries.error_estimate(state.summary, reach, settings),
             )
 
-        return over_axes(one_head, state.filled.ndim)(state)
+        return _for_heads(one_head, state)
 
     def settings(self, width: int) -> Settings:
         """The settings of a summary for keys of a width."""
@@ -290,6 +284,37 @@ class merge_and_reduce:  # noqa: N801
                 )
 
 
+def _for_heads(function: Callable[..., Result], *of_heads: Any) -> Result:
+    """What a function of one head returns for all of them, each on the device that has it."""
+    axes = of_heads[0].filled.ndim
+
+    def all_heads(_: None, *of_heads: Any) -> Result:
+        return over_axes(function, axes)(*of_heads)
+
+    return meshes.for_heads(all_heads, axes, None, *of_heads)
+
+
+def _init(
+    stream: merge_and_reduce,
+    rng: Array,
+    keys: Float[Array, "*heads 1 d"],
+    values: Float[Array, "*heads 1 dv"],
+) -> StreamState:
+    def one_head(rng: Array, keys: Array, values: Array) -> StreamState:
+        key, value = keys[0], values[0]
+        summary = summaries.empty(stream.size - stream.block_size, stream.landmarks, key, value)
+        buffer = summaries.empty(stream.block_size, 1, key, value).pairs
+        return StreamState(summary, buffer, jnp.zeros_like(summary.absorbed), rng)
+
+    axes = keys.ndim - 2
+
+    def all_heads(_: None, *of_heads: Array) -> StreamState:
+        return over_axes(one_head, axes)(*of_heads)
+
+    rngs = jax.random.split(rng, keys.shape[:-2])
+    return meshes.for_heads(all_heads, axes, None, rngs, keys, values)
+
+
 @functools.partial(jax.jit, static_argnames="stream")
 def _append(
     stream: merge_and_reduce,
@@ -298,6 +323,16 @@ def _append(
     values: Float[Array, "*heads b dv"],
     counts: Int[Array, "*heads"],
 ) -> StreamState:
+    def all_heads(_: None, state: StreamState, *new: Array) -> StreamState:
+        return _append_heads(stream, state, *new)
+
+    return meshes.for_heads(all_heads, state.filled.ndim, None, state, keys, values, counts)
+
+
+def _append_heads(
+    stream: merge_and_reduce, state: StreamState, keys: Array, values: Array, counts: Array
+) -> StreamState:
+    """The state of some heads after more pairs."""
     total = keys.shape[-2]
     width = min(total, stream.block_size)
     pieces = -(-total // width)
@@ -374,6 +409,14 @@ def _flush(stream: merge_and_reduce, state: StreamState, full: Array) -> StreamS
 
 @functools.partial(jax.jit, static_argnames="stream")
 def _merge(stream: merge_and_reduce, left: StreamState, right: StreamState) -> StreamState:
+    def all_heads(_: None, left: StreamState, right: StreamState) -> StreamState:
+        return _merge_heads(stream, left, right)
+
+    return meshes.for_heads(all_heads, left.filled.ndim, None, left, right)
+
+
+def _merge_heads(stream: merge_and_reduce, left: StreamState, right: StreamState) -> StreamState:
+    """The merged states of some heads."""
     settings = stream.settings(left.buffer.keys.shape[-1])
     left = _flush(stream, left, left.filled > 0)
 

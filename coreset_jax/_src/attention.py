@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from coreset_jax._src import checks
+from coreset_jax._src import checks, meshes
 from coreset_jax._src.precision import accumulation_dtype
 
 
@@ -212,6 +212,9 @@ def attention(
         )
     count = keys.shape[-2]
     dtype = accumulation_dtype(queries, keys, values)
+    queries, keys, values, log_weights, lengths = meshes.alike(
+        keys.ndim - 2, queries, keys, values, log_weights, lengths
+    )
     if lengths is not None:
         mask = length_log_weights(lengths, count, dtype)
         # Padding may hold anything, and 0 * NaN is NaN: it must leave the sums altogether.

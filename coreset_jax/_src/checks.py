@@ -1,5 +1,6 @@
 """Argument checks shared by every public entry point; they run before any tracing."""
 
+import math
 from typing import Any
 
 import jax
@@ -38,6 +39,30 @@ def check_floating(name: str, array: Any) -> None:
         raise ValueError(f"{name} must have a floating dtype, got {array.dtype} {array.shape}.")
 
 
+def check_unsharded(name: str, array: Any, axis: int) -> None:
+    """Raises ``ValueError`` if each device is known to have a part of the sequence only.
+
+    That is known of an array that can be looked at, and of types under Explicit axes. ``axis`` is
+    that of the sequence.
+    """
+    if not isinstance(array, jax.Array):
+        return
+    count = array.shape[axis]
+    if is_traced(array):
+        sharding = jax.typeof(array).sharding
+        names = sharding.spec[axis] or ()
+        names = (names,) if isinstance(names, str) else names
+        part = count // math.prod(sharding.mesh.shape[name] for name in names)
+    else:
+        part = array.sharding.shard_shape(array.shape)[axis]
+    if part != count:
+        raise ValueError(
+            f"{name} must not be sharded along the sequence, axis {axis % array.ndim} of "
+            f"{array.shape}: each device has {part} of {count} places. Shard batch or heads, which "
+            "do not know of each other."
+        )
+
+
 def check_cache(keys: Any, values: Any) -> None:
     """Raises ``ValueError`` unless keys ``[..., n, d]`` and values ``[..., n, dv]`` pair up."""
     check_floating("keys", keys)
@@ -53,6 +78,8 @@ def check_cache(keys: Any, values: Any) -> None:
         raise ValueError(f"values must hold as many pairs (axis -2) as keys; got {shapes}.")
     if keys.shape[-2] < 1 or keys.shape[-1] < 1 or values.shape[-1] < 1:
         raise ValueError(f"keys and values must not be empty; got {shapes}.")
+    check_unsharded("keys", keys, -2)
+    check_unsharded("values", values, -2)
 
 
 def check_queries(queries: Any, keys: Any) -> None:
@@ -106,6 +133,7 @@ def check_scores(scores: Any, keys: Any) -> None:
             f"scores must be [..., n], one for each pair; got scores {scores.shape} and keys "
             f"{keys.shape}."
         )
+    check_unsharded("scores", scores, -1)
 
 
 def check_sink_logits(sink_logits: Any, queries: Any) -> None:

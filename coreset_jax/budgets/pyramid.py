@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from coreset_jax._src import meshes
 from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.driver import Cache
 from coreset_jax._src.core.info import Info
@@ -108,6 +109,9 @@ class pyramid(Budget):  # noqa: N801
         if len(set(budgets)) == 1:
             return self.at_size(cache, size)
         (axis,) = resolve_axes("axis", (self.axis,), cache.keys.shape[:-2])
+        keys, axes = cache.keys, cache.keys.ndim - 2
+        # Layers of one size may be on several devices.
+        cache, compressor = meshes.gathered(axis, (cache, self.compressor))
         parts, start = [], 0
         for budget, equal in itertools.groupby(budgets):
             stop = start + len(list(equal))
@@ -121,9 +125,9 @@ class pyramid(Budget):  # noqa: N801
                 rng=jax.random.fold_in(cache.rng, start),
                 **{name: jax.tree.map(some, getattr(cache, name)) for name in arrays},
             )
-            parts.append(jax.tree.map(some, self.compressor).on_heads(part, budget))
+            parts.append(jax.tree.map(some, compressor).on_heads(part, budget))
             start = stop
         layered: tuple[Coreset, Info] = jax.tree.map(
             lambda *several: jnp.concatenate(several, axis=axis), *alike(parts, max(budgets))
         )
-        return layered
+        return meshes.alike(axes, keys, layered)[1]

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from coreset_jax._src import meshes
+
 
 def check_axes(name: str, axes: int | Sequence[int]) -> tuple[int, ...]:
     """``axes`` as a tuple; raises ``ValueError`` unless they are one or more static integers."""
@@ -83,24 +85,28 @@ def count_largest(
     >>> print(count_largest(jnp.array([[9.0, 8.0, 3.0], [7.0, 2.0, 1.0]]), (0,), mean=2, most=3))
     [3 1]
     """
-    last = tuple(range(-len(axes) - 1, -1))
-    moved = jnp.moveaxis(scores, axes, last)
-    shape = moved.shape[:-1]
-    heads = math.prod(shape[axis + 1] for axis in last)
-    falling = jnp.where(jnp.isfinite(moved), -moved, jnp.inf)
-    falling = jnp.sort(falling, axis=-1)[..., :most]
-    rows = falling.reshape(math.prod(shape[: -len(axes)]), heads * most)
-
-    def count(row: Float[Array, " hm"]) -> Int[Array, " h"]:
-        places = jnp.zeros_like(row, jnp.int32) + jnp.arange(heads * most, dtype=jnp.int32)
-        row, _, owners = jax.lax.sort((row, places % most, places // most), num_keys=3)
-        largest = (places < heads * mean) & jnp.isfinite(row)
-        nothing = jnp.zeros_like(places, shape=(heads,))
-        return nothing.at[owners].add(largest.astype(jnp.int32))
-
-    if not heads * most:
+    if not math.prod(scores.shape[axis] for axis in axes) * most:
         return jnp.zeros_like(scores[..., 0], jnp.int32)
-    return jnp.moveaxis(jax.vmap(count)(rows).reshape(shape), tuple(range(-len(axes), 0)), axes)
+
+    def all_heads(_: None, scores: Array) -> Array:
+        last = tuple(range(-len(axes) - 1, -1))
+        moved = jnp.moveaxis(scores, axes, last)
+        shape = moved.shape[:-1]
+        heads = math.prod(shape[axis + 1] for axis in last)
+        falling = jnp.where(jnp.isfinite(moved), -moved, jnp.inf)
+        falling = jnp.sort(falling, axis=-1)[..., :most]
+        rows = falling.reshape(math.prod(shape[: -len(axes)]), heads * most)
+
+        def count(row: Float[Array, " hm"]) -> Int[Array, " h"]:
+            places = jnp.zeros_like(row, jnp.int32) + jnp.arange(heads * most, dtype=jnp.int32)
+            row, _, owners = jax.lax.sort((row, places % most, places // most), num_keys=3)
+            largest = (places < heads * mean) & jnp.isfinite(row)
+            nothing = jnp.zeros_like(places, shape=(heads,))
+            return nothing.at[owners].add(largest.astype(jnp.int32))
+
+        return jnp.moveaxis(jax.vmap(count)(rows).reshape(shape), tuple(range(-len(axes), 0)), axes)
+
+    return meshes.for_heads(all_heads, scores.ndim - 1, None, scores, together=axes)
 
 
 def split(
@@ -134,13 +140,17 @@ def split(
     Returns:
       For each head the number of its size in ``sizes``, int32 ``[...]``.
     """
-    last = tuple(range(-len(axes), 0))
-    heads = math.prod(shares.shape[axis] for axis in axes)
-    moved = [jnp.moveaxis(each, axes, last) for each in (shares, lengths)]
-    shape = moved[0].shape
-    rows = [each.reshape(math.prod(shape) // heads if heads else 0, heads) for each in moved]
-    one_budget = functools.partial(_split, sizes=sizes, total=heads * size)
-    return jnp.moveaxis(jax.vmap(one_budget)(*rows).reshape(shape), last, axes)
+
+    def all_heads(_: None, shares: Array, lengths: Array) -> Array:
+        last = tuple(range(-len(axes), 0))
+        heads = math.prod(shares.shape[axis] for axis in axes)
+        moved = [jnp.moveaxis(each, axes, last) for each in (shares, lengths)]
+        shape = moved[0].shape
+        rows = [each.reshape(math.prod(shape) // heads if heads else 0, heads) for each in moved]
+        one_budget = functools.partial(_split, sizes=sizes, total=heads * size)
+        return jnp.moveaxis(jax.vmap(one_budget)(*rows).reshape(shape), last, axes)
+
+    return meshes.for_heads(all_heads, shares.ndim, None, shares, lengths, together=axes)
 
 
 def _split(

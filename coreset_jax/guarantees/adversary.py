@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from coreset_jax._src import checks
+from coreset_jax._src import checks, meshes
 from coreset_jax._src.core.coreset import (
     Coreset,
     SignedCoreset,
@@ -26,7 +26,7 @@ from coreset_jax._src.core.turns import over_axes
 from coreset_jax._src.precision import accumulation_dtype, inner_products, matmul
 from coreset_jax.guarantees.candidates import candidates, unit_vectors
 from coreset_jax.guarantees.checks import check_comparison
-from coreset_jax.guarantees.tilt import tilted
+from coreset_jax.guarantees.tilt import spread_center, tilted
 
 # To screen a candidate costs half a step.
 _CANDIDATES_PER_START = 16
@@ -215,20 +215,21 @@ def _search_head(
     return state.best_errors, state.best_points
 
 
-@functools.partial(jax.jit, static_argnames=("starts", "steps", "block_size"))
-def _adversary(
-    rng: Array,
+def _search_heads(
+    shared: tuple[Array, ArrayLike],
+    numbers: Int[Array, "*heads"],
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
     coreset: Coreset | SignedCoreset,
-    query_center: Float[Array, "*#heads d"] | None,
+    query_center: Float[Array, "*heads d"] | None,
     ball: dict[str, Any],
-    learning_rate: ArrayLike,
     *,
     starts: int,
     steps: int,
     block_size: int,
 ) -> Adversary:
+    """The search of some heads, which draw by their numbers."""
+    rng, learning_rate = shared
     dtype = accumulation_dtype(keys, values, coreset.keys, coreset.values)
     keys, values = keys.astype(dtype), values.astype(dtype)
     seen = tilted(keys, values, coreset, query_center, **ball)
@@ -252,7 +253,6 @@ def _adversary(
         return _search_head(head_rng, source, coreset, rho, rate, starts, steps, block_size)
 
     source, kept = standardized(seen.source), standardized(seen.coreset)
-    numbers = Cache(rng, keys, values, ball["lengths"], None, None, measured=False).numbers
     search = over_axes(search, keys.ndim - 2)
     errors, points = search(numbers, source, kept, standardization.rho)
     errors = errors * standardization.value_radius[..., None]
@@ -263,6 +263,27 @@ def _adversary(
         query = query + seen.center[..., None, :]
     error = jnp.take_along_axis(errors, best, axis=-1)
     return Adversary(error[..., 0], query[..., 0, :], errors, standardization.rho)
+
+
+@functools.partial(jax.jit, static_argnames=("starts", "steps", "block_size"))
+def _adversary(
+    rng: Array,
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    coreset: Coreset | SignedCoreset,
+    query_center: Float[Array, "*#heads d"] | None,
+    ball: dict[str, Any],
+    learning_rate: ArrayLike,
+    *,
+    starts: int,
+    steps: int,
+    block_size: int,
+) -> Adversary:
+    numbers = Cache(rng, keys, values, None, None, None, measured=False).numbers
+    center = spread_center(query_center, keys)
+    search = functools.partial(_search_heads, starts=starts, steps=steps, block_size=block_size)
+    of_heads = numbers, keys, values, coreset, center, ball
+    return meshes.for_heads(search, keys.ndim - 2, (rng, learning_rate), *of_heads)
 
 
 def adversary(

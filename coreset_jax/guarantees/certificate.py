@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from coreset_jax._src import checks
+from coreset_jax._src import checks, meshes
 from coreset_jax._src.core.coreset import Coreset, SignedCoreset
 from coreset_jax._src.core.turns import over_axes
 from coreset_jax._src.geometry.standardize import Standardization
@@ -22,7 +22,7 @@ from coreset_jax.guarantees.atoms import Atoms, atoms_of, holds_pairs_of
 from coreset_jax.guarantees.checks import check_comparison
 from coreset_jax.guarantees.degrees import TILE, Moments, bound_degrees, default_degrees
 from coreset_jax.guarantees.norms import row_norms, unit_roundoff
-from coreset_jax.guarantees.tilt import tilted
+from coreset_jax.guarantees.tilt import spread_center, tilted
 
 
 class Certificate(NamedTuple):
@@ -156,17 +156,18 @@ def _certify_head(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("degrees", "block_size"))
-def _certificate(
+def _certify_heads(
+    _: None,
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],
     coreset: Coreset | SignedCoreset,
-    query_center: Float[Array, "*#heads d"] | None,
+    query_center: Float[Array, "*heads d"] | None,
     ball: dict[str, Any],
     *,
     degrees: int,
     block_size: int,
 ) -> Certificate:
+    """The certificates of some heads."""
     dtype = accumulation_dtype(keys, values, coreset.keys, coreset.values)
     seen = tilted(keys.astype(dtype), values.astype(dtype), coreset, query_center, **ball)
     count, size, axes = keys.shape[-2], coreset.keys.shape[-2], keys.ndim - 2
@@ -178,6 +179,22 @@ def _certificate(
     blocks = -(-atoms // block_size), jnp.full_like(atoms, -(-size // block_size))
     head = functools.partial(_certify_head, blocks=blocks, degrees=degrees, block_size=block_size)
     return over_axes(head, axes)(seen.source, seen.coreset, seen.standardization, held, seen.error)
+
+
+@functools.partial(jax.jit, static_argnames=("degrees", "block_size"))
+def _certificate(
+    keys: Float[Array, "*heads n d"],
+    values: Float[Array, "*heads n dv"],
+    coreset: Coreset | SignedCoreset,
+    query_center: Float[Array, "*#heads d"] | None,
+    ball: dict[str, Any],
+    *,
+    degrees: int,
+    block_size: int,
+) -> Certificate:
+    center = spread_center(query_center, keys)
+    certify = functools.partial(_certify_heads, degrees=degrees, block_size=block_size)
+    return meshes.for_heads(certify, keys.ndim - 2, None, keys, values, coreset, center, ball)
 
 
 def certificate(

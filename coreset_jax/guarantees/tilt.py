@@ -41,6 +41,15 @@ class Tilted(NamedTuple):
     standardization: Standardization
 
 
+def spread_center(
+    query_center: Float[Array, "*#heads d"] | None, keys: Float[Array, "*heads n d"]
+) -> Float[Array, "*heads d"] | None:
+    """The mean query of every head, sharded as the keys are."""
+    if query_center is None:
+        return None
+    return jnp.zeros_like(keys[..., 0, :], query_center.dtype) + query_center
+
+
 def tilted(
     keys: Float[Array, "*heads n d"],
     values: Float[Array, "*heads n dv"],

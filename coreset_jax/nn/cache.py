@@ -14,10 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from coreset_jax._src.stream.halvings import check_heads
 from coreset_jax._src.stream.summary import Summary
-from coreset_jax.nn import checks, joining, kv_block
-from coreset_jax.nn import middle as middles
+from coreset_jax.nn import checks, steps
 from coreset_jax.nn.config import CacheConfig
-from coreset_jax.nn.grouped import Part, attend, by_head
 from coreset_jax.nn.kv_block import KVBlock
 from coreset_jax.nn.prefix import LayerPrefix
 
@@ -101,35 +99,14 @@ class CoresetCache:
         checks.check_pairs(keys, values)
         checks.check_example(keys)
         check_heads(config.compressor, keys.shape[2:3], config.block_size, keys.shape[3])
-        words = jnp.zeros_like(keys[:, 0, 0, :1], jnp.uint32)
-        words = words + jax.random.bits(rng, (1, 2), jnp.uint32)
-        cache = cls._empty(config, words, keys, values, prefix)
-        if prefix is not None:
-            checks.check_prefix(prefix, cache.recent)
-        return cache
-
-    @classmethod
-    def _empty(
-        cls,
-        config: CacheConfig,
-        words: Array,
-        keys: Array,
-        values: Array,
-        prefix: LayerPrefix | None,
-    ) -> "CoresetCache":
-        key, value = (by_head(array)[..., 0, :] for array in (keys, values))
-        # Two arrays, or they could not both be donated.
-        filled, lengths = (jnp.zeros_like(key[:, 0, 0], jnp.int32) for _ in range(2))
-        return cls(
-            kv_block.empty(config.sinks, key, value),
-            middles.empty(config, key, value),
-            kv_block.empty(config.num_recent, key, value),
-            filled,
-            lengths,
-            words,
-            prefix,
-            config,
-        )
+        words = jnp.broadcast_to(jax.random.bits(rng, (1, 2), jnp.uint32), (keys.shape[0], 2))
+        arrays = [field.name for field in dataclasses.fields(cls) if field.name != "config"]
+        nothing = cls(**dict.fromkeys(arrays), config=config)  # type: ignore[arg-type]
+        cache: CoresetCache = steps.empty(nothing, keys[:, :1], values[:, :1], words)
+        if prefix is None:
+            return cache
+        checks.check_prefix(prefix, cache.recent)
+        return dataclasses.replace(cache, prefix=prefix)
 
     @property
     def nbytes(self) -> int:
@@ -144,18 +121,8 @@ class CoresetCache:
     @property
     def positions(self) -> Int[Array, "batch kv_heads size"]:
         """Places of the pairs held, behind the prefix, -1 in empty slots: sinks, middle, recent."""
-        sinks = kv_block.numbers(self.config.sinks)
-        sinks = jnp.where(sinks < self.lengths[:, None], sinks, -1)
-        filled = _filled(self)[:, None]
-        recent = kv_block.numbers(self.config.num_recent)
-        recent = jnp.where(recent < filled, self.lengths[:, None] - filled + recent, -1)
-        outgrown = _outgrown(self)[:, None, None]
-        middle = jnp.where(outgrown, middles.positions(self.middle), -1)
-        spread = [
-            jnp.broadcast_to(part[:, None], (*middle.shape[:2], part.shape[-1]))
-            for part in (sinks, recent)
-        ]
-        return jnp.concatenate([spread[0], middle, spread[1]], axis=-1).astype(jnp.int32)
+        found: Array = steps.positions(self)
+        return found
 
     def reset(self, rows: Bool[Array, " batch"]) -> "CoresetCache":
         """A cache with room for new sequences: some rows are empty, the others as they were.
@@ -174,7 +141,7 @@ class CoresetCache:
         [20, 0, 20]
         """
         checks.check_rows(rows, self.lengths.shape)
-        return _reset(self, rows)
+        return steps.reset(self, rows)
 
     def reordered(self, order: Int[Array, " beams"]) -> "CoresetCache":
         """A cache of some sequences of this one, each as often as it is named.
@@ -229,8 +196,8 @@ class CoresetCache:
         >>> cache.append(keys, values).rolled_back(jnp.array([5, 20, 0])).lengths.tolist()
         [5, 20, 0]
         """
-        checks.check_back(lengths, self.lengths, _shortest(self))
-        return _rolled_back(self, jnp.asarray(lengths))
+        checks.check_back(lengths, self.lengths, steps.shortest(self))
+        return steps.rolled_back(self, jnp.asarray(lengths))
 
     def prefill(
         self,
@@ -257,7 +224,7 @@ class CoresetCache:
         self._check_prompt(keys)
         if queries is not None:
             checks.check_queries(queries, self.recent)
-        return _prefill(self, keys, values, lengths, queries)
+        return steps.prefill(self, keys, values, lengths, queries)
 
     def append(
         self,
@@ -276,7 +243,7 @@ class CoresetCache:
           ValueError: if shapes, dtypes or lengths do not fit the cache.
         """
         checks.check_new_pairs(keys, values, lengths, self.recent)
-        return _append(self, keys, values, lengths)
+        return steps.append(self, keys, values, lengths, None)
 
     def attend(
         self,
@@ -313,7 +280,12 @@ class CoresetCache:
             checks.check_new_pairs(keys, values, lengths, self.recent)
             checks.check_one_each(queries, keys)
         checks.check_sink_logits(sink_logits, queries)
-        return _attend(self, queries, keys, values, lengths, sink_logits)
+        if sink_logits is not None:
+            sink_logits = jnp.broadcast_to(
+                jnp.asarray(sink_logits)[None, None, :, None],
+                (queries.shape[0], 1, queries.shape[2], 1),
+            )
+        return steps.attend(self, queries, keys, values, lengths, sink_logits)
 
     def read_and_extend(
         self,
@@ -344,8 +316,8 @@ class CoresetCache:
         outputs = self.attend(queries, keys, values, lengths, sink_logits)
         self._check_prompt(keys)
         if keys.shape[1] == 1:
-            return outputs, _append(self, keys, values, lengths)
-        return outputs, _extend(self, queries, keys, values, lengths)
+            return outputs, steps.append(self, keys, values, lengths, None)
+        return outputs, steps.extend(self, queries, keys, values, lengths)
 
     def _check_prompt(self, keys: Array) -> None:
         limit = self.config.max_length
@@ -353,179 +325,3 @@ class CoresetCache:
             raise ValueError(
                 f"the prompt must not be longer than max_length {limit}; got keys {keys.shape}."
             )
-
-
-# Compiled here, so that calls that are not under jit do not compile anew each time.
-
-
-@jax.jit
-def _reset(cache: CoresetCache, rows: Array) -> CoresetCache:
-    keys, values = map(by_head, cache.recent)
-    return _chosen(rows, CoresetCache._empty(cache.config, cache.rng, keys, values, None), cache)
-
-
-def _shortest(cache: CoresetCache) -> Int[Array, " batch"]:
-    """The shortest that each sequence can be made: what has left the window stays."""
-    exact = _filled(cache)
-    whole = ~_outgrown(cache) | (exact == cache.lengths - cache.config.sinks)
-    return jnp.where(whole, 0, cache.lengths - exact)
-
-
-@jax.jit
-def _rolled_back(cache: CoresetCache, lengths: Array) -> CoresetCache:
-    left = jnp.clip(lengths.astype(jnp.int32), 0, cache.lengths)
-    filled = jnp.maximum(_filled(cache) - (cache.lengths - left), 0)
-    lost = left < _shortest(cache)
-    # A middle that is not sound makes outputs NaN; where there is none, recent keys do.
-    recent = cache.recent._replace(
-        keys=jnp.where(lost[:, None, None, None], jnp.nan, cache.recent.keys)
-    )
-    left = jnp.where(lost, cache.lengths, left)
-    filled = jnp.where(lost, _filled(cache), filled)
-    return dataclasses.replace(cache, recent=recent, filled=filled, lengths=left)
-
-
-@jax.jit
-def _prefill(
-    cache: CoresetCache, keys: Array, values: Array, lengths: Array | None, queries: Array | None
-) -> CoresetCache:
-    config = cache.config
-    lengths = _counts(cache, keys, lengths)
-    spared = jnp.minimum(lengths, config.sinks)
-    first = jnp.maximum(lengths - config.num_recent, spared)
-    prompt = KVBlock(by_head(keys), by_head(values))
-    return dataclasses.replace(
-        cache,
-        sinks=kv_block.cut(prompt, config.sinks, jnp.zeros_like(lengths), lengths),
-        middle=middles.compress(config, cache.rng, prompt, first - spared, queries),
-        recent=kv_block.cut(prompt, config.num_recent, first, lengths),
-        filled=lengths - first,
-        lengths=lengths,
-    )
-
-
-@jax.jit
-def _append(
-    cache: CoresetCache,
-    keys: Array,
-    values: Array,
-    lengths: Array | None,
-    queries: Array | None = None,
-) -> CoresetCache:
-    counts = _counts(cache, keys, lengths)
-    total = keys.shape[1]
-    if total > cache.config.block_size and cache.config.middle and cache.config.compressor is None:
-        cache = _reset(cache, _left(cache))
-        return joining.append_many(cache, KVBlock(by_head(keys), by_head(values)), counts, queries)
-    width = min(total, cache.config.block_size)
-    pieces = -(-total // width)
-    padding = ((0, 0), (0, 0), (0, pieces * width - total), (0, 0))
-    new = KVBlock(*(jnp.pad(by_head(array), padding) for array in (keys, values)))
-
-    def piece(number: Array | int, cache: CoresetCache) -> CoresetCache:
-        start = number * width
-        inside = jnp.clip(counts - start, 0, width)
-        # A batch decodes in step: as a rule all sequences are full at once, and most steps none.
-        full = _filled(cache) + inside > cache.config.num_recent
-        left = _left(cache)
-        cache = jax.lax.cond(
-            jnp.any(full | left), lambda: joining.flush(_reset(cache, left), full), lambda: cache
-        )
-        pairs = (jax.lax.dynamic_slice_in_dim(array, start, width, 2) for array in new)
-        return joining.write(cache, KVBlock(*pairs), inside)
-
-    return piece(0, cache) if pieces == 1 else jax.lax.fori_loop(0, pieces, piece, cache)
-
-
-@jax.jit
-def _attend(
-    cache: CoresetCache,
-    queries: Array,
-    keys: Array | None,
-    values: Array | None,
-    lengths: Array | None,
-    sink_logits: Array | None,
-) -> Array:
-    new = None
-    if keys is not None and values is not None:
-        new = KVBlock(by_head(keys), by_head(values))
-        if lengths is not None:
-            start, end = jnp.zeros_like(cache.lengths), _counts(cache, keys, lengths)
-            new = kv_block.cut(new, keys.shape[1], start, end)
-    scale = cache.config.settings(queries.shape[-1]).scale
-    soft_cap = cache.config.soft_cap
-    outputs = attend(queries, _held(cache), new, scale, soft_cap, sink_logits, cache.prefix)
-    return outputs.astype(cache.recent.values.dtype)
-
-
-@jax.jit
-def _extend(
-    cache: CoresetCache, queries: Array, keys: Array, values: Array, lengths: Array | None
-) -> CoresetCache:
-    count = keys.shape[1]
-    # The last queries of a prompt are the best sample there is of those to come.
-    ends = _counts(cache, keys, lengths)
-    sample = min(count, max(cache.config.window, 1))
-    places = jnp.maximum(ends[:, None] - sample + kv_block.numbers(sample), 0)
-    asked = jnp.take_along_axis(queries, places[:, :, None, None], axis=1)
-    asked = jnp.where((ends > 0)[:, None, None, None], asked, jnp.zeros_like(asked))
-    starts = cache.lengths == 0
-
-    def started() -> CoresetCache:
-        return _chosen(starts, _prefill(cache, keys, values, lengths, asked), cache)
-
-    cache = jax.lax.cond(jnp.any(starts), started, lambda: cache)
-    others = jnp.where(starts, 0, ends)
-    return jax.lax.cond(
-        jnp.all(starts), lambda: cache, lambda: _append(cache, keys, values, others, asked)
-    )
-
-
-def _held(cache: CoresetCache) -> list[Part]:
-    """All that is held, with its log-weights."""
-
-    def exact(block: KVBlock, counts: Array) -> Part:
-        inside = kv_block.numbers(block.keys.shape[2]) < counts[:, None]
-        # Weights of the middle are absolute: a pair that is exact stands for itself.
-        weights = jnp.where(inside, 0.0, -jnp.inf)[:, None]
-        return *block, jnp.broadcast_to(weights, block.keys.shape[:3])
-
-    parts = [exact(cache.recent, _filled(cache))]
-    if cache.config.middle:
-        pairs, outgrown = cache.middle.pairs, _outgrown(cache)[:, None, None]
-        weights = jnp.where(outgrown, middles.log_weights(cache.middle), -jnp.inf)
-        parts.append((pairs.keys, pairs.values, weights))
-    if cache.config.sinks:
-        parts.append(exact(cache.sinks, cache.lengths))
-    return parts
-
-
-def _outgrown(cache: CoresetCache) -> Bool[Array, " batch"]:
-    """Whether sequences are longer than their sinks; others hold nothing else."""
-    return cache.lengths > cache.config.sinks
-
-
-def _left(cache: CoresetCache) -> Bool[Array, " batch"]:
-    """Which rows were emptied by their length alone, and hold what must not be appended to."""
-    return ~_outgrown(cache) & ((cache.filled > 0) | jnp.any(cache.middle.absorbed > 0, axis=1))
-
-
-def _filled(cache: CoresetCache) -> Int[Array, " batch"]:
-    """Number of valid recent pairs, whatever is left of a sequence that was there before."""
-    return jnp.where(_outgrown(cache), cache.filled, 0)
-
-
-def _chosen(rows: Array, new: CoresetCache, old: CoresetCache) -> CoresetCache:
-    """Some rows of one cache, and the others of another, behind the prefix of the other."""
-
-    def choose(new: Array, old: Array) -> Array:
-        return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    rows_of = [dataclasses.replace(cache, prefix=None) for cache in (new, old)]
-    return dataclasses.replace(jax.tree.map(choose, *rows_of), prefix=old.prefix)
-
-
-def _counts(cache: CoresetCache, keys: Array, lengths: Array | None) -> Int[Array, " batch"]:
-    """Number of valid ones among some pairs, sharded as the cache."""
-    count = keys.shape[1] if lengths is None else jnp.asarray(lengths).astype(jnp.int32)
-    return jnp.zeros_like(cache.lengths) + count

@@ -21,6 +21,7 @@ def check_pairs(keys: Any, values: Any) -> None:
                 f"{name} must be [batch, length, kv_heads, width], none of them 0; "
                 f"got {array.shape}."
             )
+        checks.check_unsharded(name, array, 1)
     if values.shape[:3] != keys.shape[:3]:
         raise ValueError(
             "values must have the batch, length and heads of keys; "
@@ -189,6 +190,7 @@ def check_decoding(inputs_q: Any, inputs_k: Any, inputs_v: Any, mask: Any) -> No
         raise ValueError("mask must be None with decode: it is causal; lengths tell of padding.")
     if inputs_q.ndim != 3:
         raise ValueError(f"inputs_q must be [batch, length, features], got {inputs_q.shape}.")
+    checks.check_unsharded("inputs_q", inputs_q, 1)
 
 
 def check_module_scale(compressor: Compressor | None, head_dim: int) -> None:

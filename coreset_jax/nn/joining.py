@@ -4,8 +4,10 @@ A cache here is a :class:`~coreset_jax.nn.CoresetCache`, whose methods these are
 """
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -14,7 +16,9 @@ from coreset_jax.nn import middle as middles
 from coreset_jax.nn.kv_block import KVBlock
 
 
-def append_many(cache: Any, new: KVBlock, counts: Array, queries: Array | None) -> Any:
+def append_many(
+    cache: Any, new: KVBlock, counts: Array, heads: Array, queries: Array | None
+) -> Any:
     """The cache after more than a block of pairs: the middle is fitted once for all that leave."""
     config, count = cache.config, new.keys.shape[2]
     spared = jnp.clip(config.sinks - cache.lengths, 0, counts)
@@ -25,7 +29,8 @@ def append_many(cache: Any, new: KVBlock, counts: Array, queries: Array | None) 
     ends = cache.filled + counts - spared
     leaving = jnp.maximum(ends - config.num_recent, 0)
     first, block = cache.lengths - cache.filled + spared, KVBlock(*(e[:, :, :count] for e in pairs))
-    middle = middles.absorb(config, cache.rng, cache.middle, block, first, leaving, queries)
+    absorb = functools.partial(middles.absorb, config, cache.rng)
+    middle = absorb(cache.middle, block, first, leaving, heads, queries)
     return dataclasses.replace(
         cache,
         sinks=sinks,
@@ -36,7 +41,7 @@ def append_many(cache: Any, new: KVBlock, counts: Array, queries: Array | None) 
     )
 
 
-def flush(cache: Any, full: Array) -> Any:
+def flush(cache: Any, full: Array, heads: Array) -> Any:
     """The oldest block of recent pairs joins the middle, in the sequences that are ``full``."""
     width = cache.config.block_size
     leaving = jnp.where(full, jnp.minimum(cache.filled, width), 0)
@@ -44,7 +49,7 @@ def flush(cache: Any, full: Array) -> Any:
     if cache.config.middle:
         block = KVBlock(*(array[:, :, :width] for array in cache.recent))
         first = cache.lengths - cache.filled
-        middle = middles.absorb(cache.config, cache.rng, middle, block, first, leaving)
+        middle = middles.absorb(cache.config, cache.rng, middle, block, first, leaving, heads)
     return dataclasses.replace(
         cache,
         middle=middle,
@@ -68,3 +73,13 @@ def write(cache: Any, pairs: KVBlock, counts: Array) -> Any:
         filled=cache.filled + counts - spared,
         lengths=cache.lengths + counts,
     )
+
+
+def chosen(rows: Array, new: Any, old: Any) -> Any:
+    """Some rows of one cache, and the others of another, behind the prefix of the other."""
+
+    def choose(new: Array, old: Array) -> Array:
+        return jnp.where(rows.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    rows_of = [dataclasses.replace(cache, prefix=None) for cache in (new, old)]
+    return dataclasses.replace(jax.tree.map(choose, *rows_of), prefix=old.prefix)

@@ -15,6 +15,7 @@ from coreset_jax._src.core.compressor import Compressor
 from coreset_jax.nn import checks
 from coreset_jax.nn.cache import CoresetCache
 from coreset_jax.nn.config import MODULE_OPTIONS, CacheConfig
+from coreset_jax.nn.placing import projected_sharding
 from coreset_jax.nn.rotary import Rotating, rotate_behind
 from coreset_jax.nn.scores import Capping, attend_with_sinks, check_takes_bias
 
@@ -159,8 +160,11 @@ class CoresetAttention(linen.Module):
         else:
             options = {"mask": mask, "deterministic": deterministic, "dropout_rng": dropout_rng}
             heads = self._attend(query, key, value, sink_logits, sow_weights, options)
+        sharding = projected_sharding(heads)
+        product = functools.partial(jax.lax.dot_general, out_sharding=sharding)
         return self._dense(
             self.out_features or inputs_q.shape[-1],
+            dot_general=None if sharding is None else product,
             axis=(-2, -1),
             kernel_init=self.out_kernel_init or self.kernel_init,
             bias_init=self.out_bias_init or self.bias_init,

@@ -47,6 +47,7 @@ def compress(
     rng: UInt32[Array, "batch words"],
     prompt: KVBlock,
     counts: Int[Array, " batch"],
+    heads: Int[Array, " kv_heads"],
     queries: Float[Array, "batch asked heads head_dim"] | None,
 ) -> Summary:
     """The middle of a prompt: ``counts`` pairs of each sequence, behind the sinks.
@@ -56,6 +57,7 @@ def compress(
       rng: data of each sequence's random key; every head gets a fold of its own.
       prompt: the prompts.
       counts: number of valid pairs behind the sinks.
+      heads: the kv heads' numbers, after which their random numbers are named, int32.
       queries: sample queries, or ``None``.
     """
     stop = prompt.keys.shape[2] - config.num_recent
@@ -65,7 +67,7 @@ def compress(
     pairs = KVBlock(*(array[:, :, config.sinks : stop] for array in prompt))
     places = numbers(pairs.keys.shape[2])
     positions = jnp.where(places < counts[:, None], config.sinks + places, -1)
-    return _anew(config, rng, blank, pairs, positions, queries, fresh=True)
+    return _anew(config, rng, blank, pairs, positions, heads, queries, fresh=True)
 
 
 def absorb(
@@ -75,6 +77,7 @@ def absorb(
     block: KVBlock,
     first: Int[Array, " batch"],
     counts: Int[Array, " batch"],
+    heads: Int[Array, " kv_heads"],
     queries: Float[Array, "batch asked heads head_dim"] | None = None,
 ) -> Summary:
     """The middle after the first ``counts`` pairs of a block have joined it.
@@ -86,12 +89,13 @@ def absorb(
       block: the next pairs of each sequence.
       first: the place in the sequence of the first of them.
       counts: number of valid ones among them; 0 changes nothing.
+      heads: the kv heads' numbers, after which their random numbers are named, int32.
       queries: sample queries for fits, or ``None``.
     """
     places = numbers(block.keys.shape[2])
     positions = jnp.where(places < counts[:, None], first[:, None] + places, -1)
     if config.compressor is None:
-        return _anew(config, rng, middle, block, positions, queries)
+        return _anew(config, rng, middle, block, positions, heads, queries)
     settings = config.settings(block.keys.shape[-1])
     zeros, dtype = jnp.zeros_like(middle.absorbed), middle.pairs.weights.dtype
     positions = zeros[..., None] + positions[:, None]
@@ -113,7 +117,7 @@ def absorb(
     return over_axes(one_head, 2)(
         options_of_heads(config.compressor, middle.ledger.key_radius),
         _words(rng, zeros),
-        zeros + numbers(zeros.shape[1]),
+        zeros + heads[None],
         zeros + first[:, None],
         middle,
         Pairs(*block, (positions >= 0).astype(dtype), positions),
@@ -159,6 +163,7 @@ def _anew(
     middle: Summary,
     block: KVBlock,
     positions: Int[Array, "batch length"],
+    heads: Int[Array, " kv_heads"],
     queries: Float[Array, "batch asked heads head_dim"] | None,
     *,
     fresh: bool = False,
@@ -222,7 +227,7 @@ def _anew(
     return over_axes(one_head, 2)(
         options_of_heads(compressor, middle.ledger.key_radius),
         _words(rng, zeros),
-        zeros + numbers(zeros.shape[1]),
+        zeros + heads[None],
         middle,
         block,
         zeros[..., None] + positions[:, None],

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from coreset_jax.nn import checks
 from coreset_jax.nn.cache import CoresetCache
 from coreset_jax.nn.config import MODULE_OPTIONS, CacheConfig
+from coreset_jax.nn.placing import projected_sharding
 from coreset_jax.nn.prefix import LayerPrefix
 from coreset_jax.nn.rotary import Rotating, rotate_behind
 from coreset_jax.nn.scores import Capping, attend_with_sinks, check_takes_bias
@@ -195,4 +196,5 @@ class CoresetAttention(nnx.MultiHeadAttention):
             sink_logits = self.attention_fn.sink_logits.get_value()
         heads, cache = cache.read_and_extend(query, key, value, lengths, sink_logits)
         self.cache.set_value(cache)
-        return self.out(heads, out_sharding=options.get("out_sharding"))
+        sharding = options.get("out_sharding")
+        return self.out(heads, out_sharding=sharding or projected_sharding(heads))

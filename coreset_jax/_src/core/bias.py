@@ -1,10 +1,13 @@
 """A coreset for attention that takes a bias: log-weights in the layout of the scores."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from coreset_jax._src import checks
+from coreset_jax._src import checks, meshes
 from coreset_jax._src.attention import default_scale
 from coreset_jax._src.core.coreset import Coreset, SignedCoreset, scale_of
 
@@ -70,9 +73,7 @@ def attention_bias(
             f"num_query_heads must be a multiple of the coreset's {heads} heads, got "
             f"{num_query_heads}."
         )
-    bias = jnp.repeat(weights, num_query_heads // heads, axis=-2)[..., None, :]
-    shape = (*bias.shape[:-2], query_length, bias.shape[-1])
-    return bias if query_length == 1 else jnp.broadcast_to(bias, shape)
+    return _bias(weights, group=num_query_heads // heads, query_length=query_length)
 
 
 def _read_with(coreset: Coreset, scale: ArrayLike | None) -> Float[Array, "*heads m"]:
@@ -89,3 +90,12 @@ def _read_with(coreset: Coreset, scale: ArrayLike | None) -> Float[Array, "*head
     if checks.is_known(scale):
         return coreset.log_weights
     return jnp.where(jnp.isnan(jnp.asarray(scale))[..., None], jnp.nan, coreset.log_weights)
+
+
+@functools.partial(jax.jit, static_argnames=("group", "query_length"))
+def _bias(weights: Float[Array, "*batch kv_heads m"], *, group: int, query_length: int) -> Array:
+    def all_heads(_: None, weights: Array) -> Array:
+        bias = jnp.repeat(weights, group, axis=-2)[..., None, :]
+        return jnp.broadcast_to(bias, (*bias.shape[:-2], query_length, bias.shape[-1]))
+
+    return meshes.for_heads(all_heads, weights.ndim - 1, None, weights)

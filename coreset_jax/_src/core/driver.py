@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
-from coreset_jax._src import checks
+from coreset_jax._src import checks, meshes
 from coreset_jax._src.core.coreset import Coreset, packed
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
@@ -183,18 +183,22 @@ def for_each_head(
       query_ball: radius and softmax scale of the queries, one number or one a head.
       *more: pytrees of arrays ``[..., ...]``.
     """
-    ragged = cache.lengths is not None
+    ragged, axes = cache.lengths is not None, cache.keys.ndim - 2
 
-    def one_head(ball: Any, number: Array, pairs: tuple[Any, ...], *more: Any) -> Result:
+    def one_head(
+        rng: Array, ball: Any, number: Array, pairs: tuple[Any, ...], *more: Any
+    ) -> Result:
         head = Head.prepare(
-            cache.rng, number, *pairs, ragged=ragged, measured=cache.measured, **ball._asdict()
+            rng, number, *pairs, ragged=ragged, measured=cache.measured, **ball._asdict()
         )
         return function(head, *more)
 
+    def all_heads(rng: Array, *of_heads: Any) -> Result:
+        return over_axes(functools.partial(one_head, rng), axes)(*of_heads)
+
     pairs = cache.keys, cache.values, cache.counts, cache.queries, cache.scores
-    return over_axes(one_head, cache.keys.ndim - 2)(
-        spread(query_ball, cache), cache.numbers, pairs, *more
-    )
+    of_heads = spread(query_ball, cache), cache.numbers, pairs, *more
+    return meshes.for_heads(all_heads, axes, cache.rng, *of_heads)
 
 
 def over_heads(compressor: Method, cache: Cache, size: int) -> tuple[Coreset, Info]:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from coreset_jax._src import meshes
+
 Result = TypeVar("Result")
 
 # Numbers that the intermediate results of a stage may take, by platform.
@@ -33,7 +35,8 @@ def in_turns(
     """A function of one head that goes through many in turns, wherever it is vmapped.
 
     All axes over which it is vmapped, of heads, chunks and chunks of chunks, are gone through by
-    one loop, with as many heads at a time as the memory budget allows.
+    one loop, with as many heads at a time as the memory budget allows; on a mesh each device goes
+    through those that it has.
 
     Args:
       function: a pure function of pytrees of arrays, without tracers in its closure.
@@ -120,25 +123,52 @@ def _over(
 def _loop(
     function: Callable[..., Result], axes: tuple[_Axis, ...], workspace: int, arguments: Any
 ) -> Result:
-    leading = tuple(axis.length for axis in axes)
+    if not axes:
+        return function(*arguments)
+    leaves, tree = jax.tree.flatten(arguments)
+    has_axes = list(zip(*(jax.tree.leaves(axis.leaves) for axis in axes), strict=True))
+
+    def heads(*leaves: Array) -> Result:
+        return _heads_in_turns(function, leaves, tree, has_axes, workspace)
+
+    return meshes.cut_by_heads(heads, leaves, has_axes)
+
+
+def _heads_in_turns(
+    function: Callable[..., Result],
+    leaves: Sequence[Array],
+    tree: Any,
+    has_axes: Sequence[tuple[bool, ...]],
+    workspace: int,
+) -> Result:
+    """What a function of one head returns for all of them.
+
+    Args:
+      function: the function.
+      leaves: those of its arguments, each behind those of the axes that it has.
+      tree: the structure of its arguments.
+      has_axes: for each leaf, which axes it has.
+      workspace: numbers that intermediate results of one head take.
+    """
+    leading = meshes.leading_shape(leaves, has_axes)
     total = math.prod(leading)
     most = max(memory_budget() // max(workspace, 1), 1)
     if total <= most:
-        for axis in reversed(axes):
-            in_axes = jax.tree.map(lambda has_it: 0 if has_it else None, axis.leaves)
-            function = jax.vmap(function, in_axes=in_axes)
-        return function(*arguments)
+        for axis in reversed(range(len(leading))):
+            in_axes = [0 if has[axis] else None for has in has_axes]
+            function = jax.vmap(function, in_axes=jax.tree.unflatten(tree, in_axes))
+        return function(*jax.tree.unflatten(tree, leaves))
     # A divisor: the function is compiled once, and not for what is left over as well.
     at_once = max(each for each in range(1, most + 1) if total % each == 0)
     shape = (total,) if at_once == 1 else (total // at_once, at_once)
     several = function if at_once == 1 else jax.vmap(function)
 
-    def folded(leaf: Array, *has_axis: bool) -> Array:
+    def folded(leaf: Array, has_axis: tuple[bool, ...]) -> Array:
         own = jnp.shape(leaf)[sum(has_axis) :]
         missing = [place for place, has_it in enumerate(has_axis) if not has_it]
         spread = jnp.broadcast_to(jnp.expand_dims(leaf, missing), (*leading, *own))
         return spread.reshape(*shape, *own)
 
-    given = jax.tree.map(folded, arguments, *(axis.leaves for axis in axes))
+    given = jax.tree.unflatten(tree, map(folded, leaves, has_axes))
     found = jax.lax.map(lambda each: several(*each), given)
     return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[len(shape) :]), found)

@@ -251,18 +251,18 @@ def standardize(
         key_radius, default_scale(keys.shape[-1]) if scale is None else scale
     )
     unit = softmax_scale * key_radius
+    # Made from the keys, so that all is sharded as they are.
+    zeros = jnp.zeros_like(unit)
     if rho is not None:
-        radius = jnp.broadcast_to(jnp.asarray(rho, dtype), unit.shape)
+        radius = zeros + jnp.asarray(rho, dtype)
         norm = radius / unit
         # A cache with a NaN says so elsewhere; a radius that is none says so here.
         norm = jnp.where(jnp.isfinite(norm) & (norm > 0), norm, jnp.ones_like(norm))
         norm = jnp.where(jnp.isfinite(radius) & (radius > 0), norm, jnp.nan)
     elif query_norm is not None:
-        norm = jnp.broadcast_to(jnp.asarray(query_norm, dtype), unit.shape)
+        norm = zeros + jnp.asarray(query_norm, dtype)
     else:
-        norm = jnp.broadcast_to(
-            jnp.asarray(largest_norm(queries, keys.shape[-1]), dtype), unit.shape
-        )
+        norm = zeros + jnp.asarray(largest_norm(queries, keys.shape[-1]), dtype)
     return Standardization(
         key_center,
         key_radius,
