@@ -12,10 +12,11 @@ from coreset_jax import (
     streaming,
     walks,
 )
-from coreset_jax._src.attention import attention
+from coreset_jax._src.attention import attention, merge_attention
+from coreset_jax._src.core.attend import attend
 from coreset_jax._src.core.bias import attention_bias
 from coreset_jax._src.core.compressor import Compressor, Wrapper
-from coreset_jax._src.core.coreset import Coreset, attend
+from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.core.packed import PackedCoreset, pack, unpack
@@ -52,6 +53,7 @@ __all__ = [
     "geometry",
     "guarantees",
     "keep_ends",
+    "merge_attention",
     "pack",
     "pivoted",
     "prefixes",

@@ -3,7 +3,8 @@
 Everything here is exact: it is what a coreset is compared with, and what reads a coreset.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from coreset_jax._src import checks, meshes
-from coreset_jax._src.precision import accumulation_dtype
+from coreset_jax._src.precision import accumulation_dtype, log
 
 
 class PartialAttention(NamedTuple):
@@ -138,6 +139,70 @@ def finish(state: PartialAttention) -> Float[Array, "*heads q dv"]:
     return state.output / total[..., None]
 
 
+def log_sum_exp(state: PartialAttention) -> Float[Array, "*heads q"]:
+    """The logarithm of the denominator of a partial state; ``-inf`` where it holds no pair."""
+    return state.maximum + log(state.total)
+
+
+def merge_attention(
+    parts: Sequence[tuple[Float[Array, "*rows dv"], Float[Array, "*rows"]]],
+) -> tuple[Float[Array, "*rows dv"], Float[Array, "*rows"]]:
+    r"""Attention over all pairs, from attention over disjoint parts of them.
+
+    .. math::
+       o = \frac{\sum_p e^{\ell_p} o_p}{\sum_p e^{\ell_p}}, \qquad
+       \ell = \log \sum_p e^{\ell_p}
+
+    It is exact but for rounding, whoever computed the parts: a coreset and the tokens behind it,
+    shards of a sequence on several devices, a kernel of another library. Parts may be merged in any
+    order, and what comes out merged with further ones.
+
+    Args:
+      parts: one part or more, each the outputs ``[..., dv]`` and the log-sum-exp ``[...]`` of the
+        same queries, as of ``cj.attend(..., return_lse=True)``. Where a log-sum-exp is ``-inf`` a
+        part holds no pair, and its outputs may be anything.
+
+    Returns:
+      Outputs in the dtype of the first part's, zero where no part holds a pair, and the log-sum-exp
+      in float32 or wider. A log-sum-exp of hundreds carries its own rounding, of which outputs have
+      a part too: 1e-5 at 200 in float32.
+
+    Raises:
+      ValueError: if there are no parts, or their shapes do not fit each other.
+
+    >>> import jax, jax.numpy as jnp, coreset_jax as cj
+    >>> keys, values, queries = jax.random.normal(jax.random.key(0), (3, 512, 16))
+    >>> coreset = cj.compress(jax.random.key(1), keys, values, size=64)
+    >>> new_keys, new_values = jax.random.normal(jax.random.key(2), (2, 10, 16))
+    >>> outputs, lse = cj.merge_attention([
+    ...     cj.attend(queries, coreset, return_lse=True),
+    ...     cj.attention(queries, new_keys, new_values, return_lse=True),
+    ... ])
+    >>> outputs.shape, lse.shape
+    ((512, 16), (512,))
+    """
+    parts = [(outputs, lse) for outputs, lse in parts]
+    if not parts:
+        raise ValueError("parts must not be empty.")
+    for outputs, lse in parts:
+        if outputs.shape != parts[0][0].shape or lse.shape != outputs.shape[:-1]:
+            raise ValueError(
+                "parts must be outputs [..., dv] and log-sum-exps [...] of the same queries; got "
+                f"{[(outputs.shape, lse.shape) for outputs, lse in parts]}."
+            )
+    dtype = accumulation_dtype(*(each for part in parts for each in part))
+    lses = jnp.stack([lse.astype(dtype) for _, lse in parts])
+    empty = jnp.isneginf(lses)
+    highest = jnp.max(lses, axis=0)
+    shift = jax.lax.stop_gradient(jnp.where(jnp.isneginf(highest), 0, highest))
+    shares = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, lses - shift)))
+    outputs = jnp.stack([outputs.astype(dtype) for outputs, _ in parts])
+    outputs = jnp.where(empty[..., None], 0, outputs)
+    total = jnp.sum(shares, axis=0)
+    merged = PartialAttention(shift, total, jnp.sum(shares[..., None] * outputs, axis=0))
+    return results(merged, parts[0][0].dtype, return_lse=True)
+
+
 def length_log_weights(
     lengths: Integer[Array, "*heads"], count: int, dtype: jnp.dtype
 ) -> Float[Array, "*heads n"]:
@@ -157,7 +222,8 @@ def attention(
     soft_cap: ArrayLike | None = None,
     sink_logits: Float[Array, "..."] | None = None,
     block_size: int | None = None,
-) -> Float[Array, "*heads q dv"]:
+    return_lse: bool = False,
+) -> Any:
     r"""Softmax attention over weighted pairs.
 
     .. math::
@@ -179,9 +245,13 @@ def attention(
         query ``[..., q]``, where queries of several heads lie behind each other; ``None`` for none.
       block_size: pairs per step; scores are then held for one block at a time
         (``q * block_size`` instead of ``q * n`` numbers). ``None`` takes all at once.
+      return_lse: whether to return the logarithm of the denominator too, for
+        :func:`coreset_jax.merge_attention`.
 
     Returns:
-      Outputs ``[..., q, dv]`` in the dtype of ``values``.
+      Outputs ``[..., q, dv]`` in the dtype of ``values``, zero where there is no pair; and with
+      ``return_lse`` the pair of these and the log-sum-exp ``[..., q]`` in float32 or wider,
+      ``-inf`` where there is none.
 
     Raises:
       ValueError: if ranks, leading axes, widths or lengths do not fit, or ``soft_cap`` is not
@@ -222,14 +292,32 @@ def attention(
         keys = jnp.where(inside, keys, jnp.zeros_like(keys))
         values = jnp.where(inside, values, jnp.zeros_like(values))
         log_weights = mask if log_weights is None else jnp.where(inside[..., 0], log_weights, mask)
+    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
     if block_size is None or block_size >= count:
-        state = partial_attention(
-            queries, keys, values, log_weights, scale=scale, soft_cap=soft_cap
-        )
-        return finish(_with_sinks(state, sink_logits)).astype(values.dtype)
+        state = partial_attention(queries, keys, values, log_weights, **options)
+    else:
+        state = _in_blocks(queries, keys, values, log_weights, block_size, options)
+    return results(with_sinks(state, sink_logits), values.dtype, return_lse)
 
+
+def results(state: PartialAttention, dtype: jnp.dtype, return_lse: bool) -> Any:
+    """Outputs of a state in a dtype, or these and the log-sum-exp."""
+    outputs = finish(state).astype(dtype)
+    return (outputs, log_sum_exp(state)) if return_lse else outputs
+
+
+def _in_blocks(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    log_weights: Array | None,
+    block_size: int,
+    options: dict[str, Any],
+) -> PartialAttention:
+    """Attention over all pairs, the scores of a block of them at a time."""
+    count = keys.shape[-2]
     if log_weights is None:
-        log_weights = jnp.zeros_like(keys[..., 0], dtype)
+        log_weights = jnp.zeros_like(keys[..., 0], accumulation_dtype(queries, keys, values))
     whole = count // block_size * block_size
 
     def part(start: Int[Array, ""] | int, width: int) -> PartialAttention:
@@ -237,12 +325,7 @@ def attention(
             return jax.lax.dynamic_slice_in_dim(array, start, width, axis)
 
         return partial_attention(
-            queries,
-            rows(keys, -2),
-            rows(values, -2),
-            rows(log_weights, -1),
-            scale=scale,
-            soft_cap=soft_cap,
+            queries, rows(keys, -2), rows(values, -2), rows(log_weights, -1), **options
         )
 
     state = part(whole, count - whole) if whole < count else part(0, block_size)
@@ -250,10 +333,10 @@ def attention(
     state, _ = jax.lax.scan(
         lambda carry, start: (merge(carry, part(start, block_size)), None), state, starts
     )
-    return finish(_with_sinks(state, sink_logits)).astype(values.dtype)
+    return state
 
 
-def _with_sinks(state: PartialAttention, sink_logits: Array | None) -> PartialAttention:
+def with_sinks(state: PartialAttention, sink_logits: Array | None) -> PartialAttention:
     """A state with sink logits, one a head or one a query."""
     if sink_logits is None:
         return state

@@ -15,12 +15,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from coreset_jax._src import checks, meshes
-from coreset_jax._src.core.coreset import (
-    Coreset,
-    SignedCoreset,
-    attend,
-    normalizers,
-)
+from coreset_jax._src.core.attend import attend
+from coreset_jax._src.core.coreset import Coreset, SignedCoreset, normalizers
 from coreset_jax._src.core.driver import Cache
 from coreset_jax._src.core.turns import over_axes
 from coreset_jax._src.precision import accumulation_dtype, inner_products, matmul

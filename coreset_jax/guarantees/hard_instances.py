@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float
 
 from coreset_jax._src import checks
 from coreset_jax._src.attention import attention
-from coreset_jax._src.core.coreset import Coreset, SignedCoreset, attend, scale_of
+from coreset_jax._src.core.attend import attend
+from coreset_jax._src.core.coreset import Coreset, SignedCoreset, scale_of
 from coreset_jax._src.precision import accumulation_dtype, matmul
 from coreset_jax.guarantees.checks import positive_number
 

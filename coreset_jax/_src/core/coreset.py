@@ -9,7 +9,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Integer
 
 from coreset_jax._src import checks
-from coreset_jax._src.attention import attention
 from coreset_jax._src.core.scale import reading_scale, shared_scale
 from coreset_jax._src.precision import accumulation_dtype
 
@@ -241,70 +240,3 @@ def _arranged(coreset: AnyCoreset, order: Int[Array, "*heads m"]) -> AnyCoreset:
         return jnp.take_along_axis(leaf, spots, axis=order.ndim - 1)
 
     return _over_slots(arrange, coreset)
-
-
-def attend(
-    queries: Float[Array, "*heads q d"],
-    coreset: Coreset | SignedCoreset,
-    *,
-    scale: ArrayLike | None = None,
-    soft_cap: ArrayLike | None = None,
-    sink_logits: Float[Array, "..."] | None = None,
-    block_size: int | None = None,
-) -> Float[Array, "*heads q dv"]:
-    r"""Attention of queries over a coreset, in place of the cache that it stands for.
-
-    .. math::
-       \mathrm{Attn}'(q) = \frac{\sum_i w_i e^{\mathrm{scale}\langle q,k_i\rangle} v_i}
-                                {\sum_i w_i z_i e^{\mathrm{scale}\langle q,k_i\rangle}}
-
-    with :math:`z_i = 1` unless the coreset is signed and carries normalizers, and with capped
-    scores and a sink logit in the denominator where they are given.
-
-    Args:
-      queries: queries ``[..., q, d]`` with the leading axes of the coreset.
-      coreset: any compressor's result.
-      scale: the softmax scale, a scalar or ``[...]``. ``None`` means the one that the coreset was
-        made for, ``coreset.scale``, and ``1/sqrt(d)`` if it has none. Any other than the coreset's
-        is an error; under ``jit`` or ``vmap``, where it cannot be seen, outputs are NaN in heads
-        whose scale differs.
-      soft_cap: the cap of scores, see :func:`coreset_jax.attention`.
-      sink_logits: learned logits of the denominator, see :func:`coreset_jax.attention`.
-      block_size: pairs per step, see :func:`coreset_jax.attention`.
-
-    Returns:
-      Outputs ``[..., q, dv]`` in the dtype of the coreset's values.
-
-    Raises:
-      ValueError: if queries or sink logits do not fit the coreset's keys, if the scale is not the
-        coreset's, and on sink logits beside a signed coreset.
-
-    >>> import jax, jax.numpy as jnp, coreset_jax as cj
-    >>> keys, values = jax.random.normal(jax.random.key(0), (2, 512, 16))
-    >>> coreset = cj.compress(jax.random.key(1), keys, values, size=64)
-    >>> cj.attend(keys[:3], coreset).shape
-    (3, 16)
-    """
-    scale = scale_of(coreset, scale)
-    columns = coreset.values
-    if isinstance(coreset, SignedCoreset):
-        if sink_logits is not None:
-            raise ValueError("sink_logits must be None for a signed coreset.")
-        # One more value column carries the denominator, so that any softmax kernel can serve it.
-        dtype = accumulation_dtype(coreset.keys, coreset.values)
-        columns = jnp.concatenate(
-            [each.astype(dtype) for each in (columns, coreset.normalizers[..., None])], axis=-1
-        )
-    output = attention(
-        queries,
-        coreset.keys,
-        columns,
-        coreset.log_weights,
-        scale=scale,
-        soft_cap=soft_cap,
-        sink_logits=sink_logits,
-        block_size=block_size,
-    )
-    if isinstance(coreset, SignedCoreset):
-        output = output[..., :-1] / output[..., -1:]
-    return output.astype(coreset.values.dtype)

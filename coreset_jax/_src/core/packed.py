@@ -193,6 +193,18 @@ def unpack(packed: PackedCoreset, *, size: int) -> Coreset:
     return over(packed)
 
 
+def check_packed_queries(queries: Array, packed: PackedCoreset) -> None:
+    """Raises ``ValueError`` unless queries ``[..., heads, q, d]`` fit a packed coreset."""
+    checks.check_floating("queries", queries)
+    leading = (*packed.offsets.shape[:-1], packed.num_heads)
+    width = packed.keys.shape[-1]
+    if (*queries.shape[:-2], queries.shape[-1]) != (*leading, width):
+        raise ValueError(
+            f"queries must be [..., heads, q, d] with heads {leading} and width {width}, got "
+            f"{queries.shape}."
+        )
+
+
 def with_slots(packed: PackedCoreset, slots: int) -> PackedCoreset:
     """The same pairs with empty pages behind them, up to so many slots."""
     room = slots - packed.keys.shape[-2]
@@ -217,7 +229,7 @@ def partial_attention_packed(
     packed: PackedCoreset,
     *,
     scale: ArrayLike | None = None,
-    soft_cap: float | None = None,
+    soft_cap: ArrayLike | None = None,
 ) -> PartialAttention:
     r"""Attention over packed pairs, ready to be merged with other pairs.
 
@@ -253,7 +265,7 @@ def _over_pages(
     queries: Float[Array, "heads q d"],
     packed: PackedCoreset,
     scale: Float[Array, " heads"] | None,
-    soft_cap: float | None,
+    soft_cap: ArrayLike | None,
 ) -> PartialAttention:
     count, heads = queries.shape[1], packed.num_heads
     pages = packed.keys.shape[0] // packed.page_size
