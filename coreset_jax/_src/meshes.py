@@ -14,7 +14,7 @@ Inside ``jax.shard_map`` axes are Manual, and none of this happens.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def explicit_mesh(*trees: Any) -> Mesh | AbstractMesh | None:
             mesh = jax.typeof(leaf).sharding.mesh
             if mesh.size > 1 and AxisType.Explicit in mesh.axis_types:
                 # With its devices where it has some: outside of jit they are needed.
-                return mesh if is_traced(leaf) else leaf.sharding.mesh
+                return mesh if is_traced(leaf) else cast(NamedSharding, leaf.sharding).mesh
     return None
 
 

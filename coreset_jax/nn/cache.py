@@ -7,6 +7,7 @@ scores. Shapes never change, so a decoding step is traced once.
 
 import dataclasses
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,7 @@ class CoresetCache:
             words = jnp.zeros_like(keys[:, 0, 0, :1], jnp.uint32) + words
             return cls._empty(nothing.config, words, keys, values)
 
-        nothing = cls(*[None] * 6, config)  # type: ignore[arg-type]
+        nothing = cast(Any, cls)(*[None] * 6, config)
         return for_sequences(empty)(nothing, keys[:, :1], values[:, :1], words)
 
     @classmethod
