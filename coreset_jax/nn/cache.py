@@ -96,14 +96,14 @@ class CoresetCache:
         checks.check_pairs(keys, values)
         checks.check_example(keys)
         check_heads(config.compressor, keys.shape[2:3], config.block_size, keys.shape[3])
-        words = jnp.broadcast_to(jax.random.bits(rng, (1, 2), jnp.uint32), (keys.shape[0], 2))
+        bits = jnp.broadcast_to(jax.random.bits(rng, (1, 2), jnp.uint32), (keys.shape[0], 2))
 
-        def empty(nothing: CoresetCache, keys: Array, values: Array, words: Array) -> CoresetCache:
-            words = jnp.zeros_like(keys[:, 0, 0, :1], jnp.uint32) + words
+        def empty(nothing: CoresetCache, keys: Array, values: Array, bits: Array) -> CoresetCache:
+            words = jnp.zeros_like(keys[:, 0, 0, :1], bits.dtype) + bits
             return cls._empty(nothing.config, words, keys, values)
 
         nothing = cast(Any, cls)(*[None] * 6, config)
-        return for_sequences(empty)(nothing, keys[:, :1], values[:, :1], words)
+        return for_sequences(empty)(nothing, keys[:, :1], values[:, :1], bits)
 
     @classmethod
     def _empty(
@@ -281,11 +281,9 @@ def _positions(cache: CoresetCache) -> Array:
     recent = jnp.where(recent < filled, cache.lengths[:, None] - filled + recent, -1)
     outgrown = _outgrown(cache)[:, None, None]
     middle = jnp.where(outgrown, middles.positions(cache.middle), -1)
-    spread = [
-        jnp.broadcast_to(part[:, None], (*middle.shape[:2], part.shape[-1]))
-        for part in (sinks, recent)
-    ]
-    return jnp.concatenate([spread[0], middle, spread[1]], axis=-1).astype(jnp.int32)
+    zeros = jnp.zeros_like(cache.middle.absorbed)[..., None]
+    sinks, recent = (zeros + part[:, None] for part in (sinks, recent))
+    return jnp.concatenate([sinks, middle, recent], axis=-1).astype(jnp.int32)
 
 
 @jax.jit
