@@ -44,8 +44,7 @@ class balanced(Compressor):  # noqa: N801
 
     Called with ``(rng, keys [..., n, d], values [..., n, dv], *, size, lengths=None,
     queries=None)`` it returns a :class:`~coreset_jax.Coreset`; see :class:`coreset_jax.Compressor`.
-    Weights of a head sum to its length. Sharded heads stay where they are; on a mesh of Explicit
-    axes call it inside ``jax.shard_map``.
+    Weights of a head sum to its length.
 
     Raises:
       ValueError: on bad options.

@@ -96,48 +96,63 @@ def test_arrays_that_lie_elsewhere_come_along(arrays):
     check(cj.attend(samples, coreset), found, mesh, rtol=1e-5, atol=1e-6)
 
 
-def attend(k, v, q, l):
-    coreset = sample(k, v, l)
+def attend(keys, values, samples, lengths):
+    coreset = sample(keys, values, lengths)
     lse = cj.attention_bias(coreset, num_query_heads=2 * HEADS, query_length=3)
-    whole = cj.attention(q, k, v, lengths=l, block_size=40)
-    return cj.attend(q, coreset), cj.attend(q, coreset, block_size=5), whole, lse
+    whole = cj.attention(samples, keys, values, lengths=lengths, block_size=40)
+    return cj.attend(samples, coreset), cj.attend(samples, coreset, block_size=5), whole, lse
 
 
-def bounds(k, v, q, l):
-    coreset = sample(k, v, l)
-    ball = {"queries": q, "lengths": l, "query_center": q[..., 0, :]}
-    promise = guarantees.certificate(k, v, coreset, **ball)
-    worst = guarantees.adversary(RNG, k, v, coreset, starts=4, steps=3, **ball)
+def bounds(keys, values, samples, lengths):
+    coreset = sample(keys, values, lengths)
+    ball = {"queries": samples, "lengths": lengths, "query_center": samples[..., 0, :]}
+    promise = guarantees.certificate(keys, values, coreset, **ball)
+    worst = guarantees.adversary(RNG, keys, values, coreset, starts=4, steps=3, **ball)
     return promise.error, worst.error
 
 
-def stream(k, v, q, l):
+def stream(keys, values, samples, lengths):
     parts = streaming.merge_and_reduce(size=32, block_size=8, landmarks=8)
-    state = parts.append(parts.init(RNG, k, v), k, v, l)
-    joined = parts.merge(state, parts.append(parts.init(RNG, k, v), k[..., :3, :], v[..., :3, :]))
+    state = parts.append(parts.init(RNG, keys, values), keys, values, lengths)
+    joined = parts.merge(
+        state, parts.append(parts.init(RNG, keys, values), keys[..., :3, :], values[..., :3, :])
+    )
     return parts.coreset(joined), parts.error(joined)
 
 
-def one_budget(axes, k, v, q, l):
-    looked_up = baselines.kvzip(axes=axes)(RNG, k, v, size=SIZE, queries=q, lengths=l)
+def one_budget(axes, keys, values, samples, lengths):
+    looked_up = baselines.kvzip(axes=axes)(
+        RNG, keys, values, size=SIZE, queries=samples, lengths=lengths
+    )
     split = budgets.adaptive(baselines.top_attention(), axes=axes, num_sizes=1)
     layered = budgets.pyramid(sampled(), axis=axes[0])
-    return looked_up, split(RNG, k, v, size=SIZE, queries=q), layered(RNG, k, v, size=SIZE)
+    return (
+        looked_up,
+        split(RNG, keys, values, size=SIZE, queries=samples),
+        layered(RNG, keys, values, size=SIZE),
+    )
 
 
-def measures(k, v, q, l):
-    observed = queries.observe(queries.empty(k, count=4), q, k, lengths=l)
-    unit = geometry.standardize(k, v, queries=q, lengths=l)
+def measures(keys, values, samples, lengths):
+    observed = queries.observe(queries.empty(keys, count=4), samples, keys, lengths=lengths)
+    unit = geometry.standardize(keys, values, queries=samples, lengths=lengths)
     # The scale is a constant, which the compiler puts anywhere.
     measured = unit.rho, unit.key_center, unit.value_radius
-    return observed.queries, observed.scores, measured, geometry.calibrate(k, q, lengths=l)
+    return (
+        observed.queries,
+        observed.scores,
+        measured,
+        geometry.calibrate(keys, samples, lengths=lengths),
+    )
 
 
-def slopes(k, v, q, l):
-    def loss(k, v):
-        return jnp.sum(cj.attend(q, fitted()(RNG, k, v, size=SIZE, queries=q)) ** 2)
+def slopes(keys, values, samples, lengths):
+    def loss(keys, values):
+        return jnp.sum(
+            cj.attend(samples, fitted()(RNG, keys, values, size=SIZE, queries=samples)) ** 2
+        )
 
-    return jax.grad(loss, argnums=(0, 1))(k, v)
+    return jax.grad(loss, argnums=(0, 1))(keys, values)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ MODULES = {
 FLOORS = {
     "_version": 0,
     "_src.checks": 0,
+    "_src.meshes": 0,
     "_src.precision": 0,
     "_src.attention": 1,
     "_src.geometry": 2,

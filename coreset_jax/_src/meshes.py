@@ -14,7 +14,7 @@ Inside ``jax.shard_map`` axes are Manual, and none of this happens.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def explicit_mesh(*trees: Any) -> Mesh | AbstractMesh | None:
             mesh = jax.typeof(leaf).sharding.mesh
             if mesh.size > 1 and AxisType.Explicit in mesh.axis_types:
                 # With its devices where it has some: outside of jit they are needed.
-                return mesh if is_traced(leaf) else leaf.sharding.mesh
+                return mesh if is_traced(leaf) else cast(NamedSharding, leaf.sharding).mesh
     return None
 
 
@@ -194,7 +194,7 @@ def leading_shape(leaves: Sequence[Array], has_axes: Sequence[Sequence[bool]]) -
 def cut_by_heads(
     function: Callable[..., Result], leaves: Sequence[Array], has_axes: Sequence[Sequence[bool]]
 ) -> Result:
-    """What a function of all heads returns; on a mesh each device computes those that it has.
+    """What a function of all heads returns, as one operation that the compiler may cut by heads.
 
     Args:
       function: a pure function of arrays that is the same on some of the heads. All leading axes
@@ -202,11 +202,6 @@ def cut_by_heads(
       leaves: its arguments.
       has_axes: for each which of the leading axes it has; they come first.
     """
-    mesh = explicit_mesh(leaves)
-    if mesh is not None:
-        names = _shared_names([jax.typeof(leaf).sharding.spec for leaf in leaves], has_axes)
-        specs = [_spec(names, has) for has in has_axes]
-        return on_each_device(function, mesh, specs, PartitionSpec(*names))(*leaves)
     if _on_auto_mesh(leaves):
         return _cut_by_the_compiler(function, leaves, has_axes)
     return function(*leaves)

@@ -45,7 +45,7 @@ def for_sequences(
         if mesh is None:
             return function(cache, *arrays, **more)
         held = jax.tree.leaves(cache.recent)
-        tokens = [each for each in arrays if each is not None and _is_tokens(each)]
+        tokens = [each for each in arrays if each is not None and each.ndim == 4]
         known = [jax.typeof(each).sharding.spec[:2] for each in held]
         known += [jax.typeof(each).sharding.spec[:3:2] for each in tokens]
         batch, head = meshes.first_names(known)
@@ -67,7 +67,7 @@ def for_sequences(
             shared = cache.prefix.lengths.shape[0] == 1
             documents = jax.tree.map(lambda _: PartitionSpec() if shared else row, cache.prefix)
             caches = dataclasses.replace(caches, prefix=documents)
-        specs = [token if _is_tokens(each) else row for each in arrays]
+        specs = [row if each is None or each.ndim != 4 else token for each in arrays]
         out_specs = {"cache": caches, "pairs": pair, "tokens": token}[like]
 
         def each_device(more: dict[str, Array], *arguments: Any) -> Result:
@@ -83,10 +83,6 @@ def for_sequences(
         return placed
 
     return call
-
-
-def _is_tokens(array: Array | None) -> bool:
-    return array is not None and array.ndim == 4
 
 
 def projected_sharding(heads: Array) -> NamedSharding | None:

@@ -51,11 +51,9 @@ def positions(cache: Any) -> Array:
     recent = jnp.where(recent < filled, cache.lengths[:, None] - filled + recent, -1)
     outgrown = _outgrown(cache)[:, None, None]
     middle = jnp.where(outgrown, middles.positions(cache.middle), -1)
-    spread = [
-        jnp.broadcast_to(part[:, None], (*middle.shape[:2], part.shape[-1]))
-        for part in (sinks, recent)
-    ]
-    return jnp.concatenate([spread[0], middle, spread[1]], axis=-1).astype(jnp.int32)
+    zeros = jnp.zeros_like(cache.middle.absorbed)[..., None]
+    sinks, recent = (zeros + part[:, None] for part in (sinks, recent))
+    return jnp.concatenate([sinks, middle, recent], axis=-1).astype(jnp.int32)
 
 
 @jax.jit

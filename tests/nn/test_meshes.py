@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devic
 
 BATCH, LENGTH, KV_HEADS, WIDTH, FEATURES = 2, 60, 4, 8, 32
 CONFIG = CacheConfig(size=40, sinks=2, window=8, block_size=8)
-OPTIONS = {"num_kv_heads": 2, "size": 40, "sinks": 2, "window": 8, "block_size": 8}
+OPTIONS = {"size": 40, "sinks": 2, "window": 8, "block_size": 8}
 BY_ROW, BY_HEAD = PartitionSpec("batch"), PartitionSpec("batch", "head")
 BY_TOKEN, BY_LENGTH = PartitionSpec("batch", None, "head"), PartitionSpec(None, "head")
 
@@ -140,7 +140,9 @@ def read_nnx(module, inputs):
 
 @pytest.mark.slow
 def test_nnx_modules_decode_over_sharded_heads(mesh, inputs):
-    module = CoresetAttention(4, FEATURES, **OPTIONS, rope_base=1e4, rngs=nnx.Rngs(0))
+    module = CoresetAttention(
+        4, FEATURES, num_kv_heads=2, **OPTIONS, rope_base=1e4, rngs=nnx.Rngs(0)
+    )
     graph, state = nnx.split(module)
     expected, held = read_nnx(module, inputs)
     placed = jax.tree_util.tree_map_with_path(
@@ -154,7 +156,9 @@ def test_nnx_modules_decode_over_sharded_heads(mesh, inputs):
 
 @pytest.mark.slow
 def test_linen_modules_decode_over_sharded_heads(mesh, inputs):
-    module = linen.CoresetAttention(num_heads=4, **OPTIONS, rope_base=1e4, decode=True)
+    module = linen.CoresetAttention(
+        num_heads=4, num_kv_heads=2, **OPTIONS, rope_base=1e4, decode=True
+    )
     variables = module.init(jax.random.key(0), inputs)
 
     @jax.jit
@@ -186,7 +190,7 @@ def test_a_sharded_sequence_is_refused(mesh, tokens, inputs):
     keys, values = tokens[1:]
     cut = place(mesh, keys, BY_LENGTH)
     cache = CoresetCache.init(CONFIG, jax.random.key(0), keys, values)
-    module = CoresetAttention(4, FEATURES, **OPTIONS, rngs=nnx.Rngs(0))
+    module = CoresetAttention(4, FEATURES, num_kv_heads=2, **OPTIONS, rngs=nnx.Rngs(0))
     module.init_cache(inputs.shape)
     calls = {
         "keys": lambda: cache.prefill(cut, values),

@@ -207,7 +207,8 @@ class Compressor:
     ) -> Coreset:
         """Keeps at most ``size`` pairs of each head.
 
-        A pure function of its arguments: it may be jitted (``size`` static), vmapped and sharded.
+        A pure function of its arguments: it may be jitted (``size`` static) and vmapped. Arrays may
+        be sharded over their leading axes, and results are then (``docs/shard-over-devices.md``).
         Heads come before pairs; :func:`coreset_jax.compress` says what becomes of arrays
         ``[batch, length, heads, d]``.
 
@@ -234,7 +235,7 @@ class Compressor:
 
         Raises:
           ValueError: on ill-fitting shapes, a ``size`` below 1, ``lengths`` outside ``1..n``,
-            options that fit no head, or missing ``queries``, before any tracing.
+            a sequence that is sharded, options that fit no head, or missing ``queries``, before any tracing.
         """
         return driver.compress(self, rng, keys, values, size, lengths, queries, scores, False)[0]
 
