@@ -225,7 +225,8 @@ class Compressor:
 
         Raises:
           ValueError: on ill-fitting shapes, a ``size`` below 1, ``lengths`` outside ``1..n``,
-            a sequence that is sharded, options that fit no head, or missing ``queries``, before any tracing.
+            a sequence that is sharded, options that fit no head, or missing ``queries``, before any
+            tracing.
         """
         return driver.compress(self, rng, keys, values, size, lengths, queries, scores, False)[0]
 
