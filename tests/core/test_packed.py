@@ -106,7 +106,7 @@ def test_bytes_are_those_of_the_pairs():
         jnp.broadcast_to(jnp.arange(1200, dtype=jnp.int32), (24, 1200)),
     )
     packed = cj.pack(emptied(coreset, jnp.asarray(~held)))
-    a_pair = sum(leaf.nbytes for leaf in coreset) / held.size
+    a_pair = sum(leaf.nbytes for leaf in jax.tree.leaves(coreset)) / held.size
     assert packed.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(packed))
     assert packed.nbytes <= 1.05 * a_pair * counts.sum()
 

@@ -57,6 +57,7 @@ def test_every_topic_has_its_program():
         "experiments.questions.ask",
         "experiments.questions.board",
         "experiments.questions.calibration",
+        "experiments.questions.prefix",
         "experiments.theory.laws",
         "experiments.theory.lower_bound",
         "experiments.theory.sweep",

@@ -24,8 +24,13 @@ LENGTH = 100
 
 @pytest.fixture(scope="module")
 def model() -> Pretrained:
+    def encode(text: str) -> list[int]:
+        return [ord(letter) % 256 for letter in text]
+
     tokenizer = types.SimpleNamespace(
-        encode=lambda text: [ord(letter) % 256 for letter in text],
+        encode=encode,
+        document=encode,
+        question=lambda text, first=True: encode(text),
         decode=lambda ids: "".join(map(chr, ids)),
         end_of_turn=299,
         chat_prefix="",
