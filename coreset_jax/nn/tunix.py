@@ -8,7 +8,7 @@ the model keeps no state, and loops, samplers and beam searches written for it g
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ from coreset_jax.nn.tunix_parts import (
     scale_of,
     soft_cap_of,
 )
+from coreset_jax.prefixes import Prefix
 
 
 def wrap(attention: nnx.Module, **options: Any) -> Any:
@@ -139,6 +140,7 @@ def init_cache(
     cache_size: int = 1,
     dtype: Any = None,
     rng: Array | None = None,
+    prefix: Prefix | Sequence[Prefix] | None = None,
 ) -> dict[str, LayerCache]:
     """Empty caches of all layers of a model, ``{'layer_0': ..., 'layer_1': ...}``.
 
@@ -149,17 +151,37 @@ def init_cache(
         Wrapped layers have the slots that they were given.
       dtype: of keys and values; ``None`` for the one that each layer computes in.
       rng: a JAX random key for compressors that want one; ``jax.random.key(0)`` if ``None``.
+      prefix: the document that all sequences begin with, or one for each of them. Positions that
+        the model is called with are counted from behind it.
 
     Returns:
       A cache for the model's call. Wrapped layers hold a ``'coreset'``, the rest ``'k'`` and
       ``'v'`` ``[batch_size, cache_size, kv_heads, head_dim]``; all arrays start with the batch.
 
     Raises:
-      ValueError: if no layer has been wrapped, or a size is below one.
+      ValueError: if no layer has been wrapped, or a size is below one; with a prefix, if it does
+        not fit the model, or if not all layers have been wrapped.
     """
     if not any(isinstance(each, _CoresetAttention) for each in attentions_of(model)):
         raise ValueError("no layer of the model has been wrapped.")
-    return ModelCache.of(model)(batch_size, cache_size, dtype, rng)
+    return ModelCache.of(model)(batch_size, cache_size, dtype, rng, prefix)
+
+
+def open_prefix(model: Any, prefix: Prefix | Sequence[Prefix] | None) -> None:
+    """Lets all caches that ``model.init_cache`` makes begin behind a document, in place.
+
+    That is what tunix's ``Sampler`` calls: what it generates is then about the document.
+
+    Args:
+      model: a model all of whose layers have been wrapped.
+      prefix: as for :func:`init_cache`; ``None`` for caches that begin with nothing.
+
+    Raises:
+      ValueError: if the prefix does not fit the model, or some layers have not been wrapped.
+    """
+    documents = [prefix] if prefix is None or isinstance(prefix, Prefix) else prefix
+    init_cache(model, len(documents), prefix=prefix)
+    model.init_cache = functools.partial(ModelCache.of(model), prefix=prefix)
 
 
 class _CoresetAttention(nnx.Module):
@@ -195,7 +217,7 @@ class _CoresetAttention(nnx.Module):
             options = {} if segment_ids is None else {"segment_ids": segment_ids}
             return plain.__call__(inputs, positions, None, attn_mask, **options)
         _check_segments(segment_ids)
-        return self._read(project(self, inputs, positions), cache, attn_mask)
+        return self._read(project(self, inputs, _behind(cache, positions)), cache, attn_mask)
 
     def _read(
         self,
@@ -235,6 +257,11 @@ class _AngleAttention(_CoresetAttention):
             plain: Any = super(_CoresetAttention, self)
             return plain.__call__(inputs, None, attn_mask, sin, cos, segment_ids)
         _check_segments(segment_ids)
+        if "coreset" in cache and cache["coreset"].prefix is not None:
+            raise ValueError(
+                "cache must have no prefix: the attention is told sines and cosines, which know "
+                "nothing of it."
+            )
         return self._read(project(self, inputs, sin, cos), cache, attn_mask)
 
 
@@ -259,7 +286,7 @@ class _SharedAttention(_CoresetAttention):
             plain: Any = super(_CoresetAttention, self)
             return plain.__call__(inputs, segment_pos, None, attn_mask, kv_shared_cache)
         inputs = inputs.astype(LayerShape.of(self).dtype)
-        queries, keys, values = project(self, inputs, segment_pos)
+        queries, keys, values = project(self, inputs, _behind(cache, segment_pos))
         if shared is None:
             new_cache, outputs = self._read((queries, keys, values), cache or {}, attn_mask)
             return new_cache, outputs, (keys, values)
@@ -281,6 +308,14 @@ def _subclass(original: type) -> Any:
         if name in inspect.signature(original.__call__).parameters:
             called = special
     return type(f"Coreset{original.__name__}", (called, original), documentation)
+
+
+def _behind(cache: Any, positions: Array) -> Array:
+    """Positions behind the document that a layer's cache begins with."""
+    held = cache.get("coreset") if isinstance(cache, Mapping) else None
+    if held is None or held.prefix is None:
+        return positions
+    return positions + held.prefix.lengths[:, None]
 
 
 def _check_segments(segment_ids: Array | None) -> None:

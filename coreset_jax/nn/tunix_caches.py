@@ -1,6 +1,7 @@
 """The caches of google-tunix models of which some layers are wrapped."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,9 @@ from jaxtyping import Array
 from coreset_jax._src import checks
 from coreset_jax.nn.cache import CoresetCache
 from coreset_jax.nn.config import CacheConfig
+from coreset_jax.nn.prefix import LayerPrefix, of_layer
 from coreset_jax.nn.tunix_parts import is_local, parts_of
+from coreset_jax.prefixes import Prefix
 
 LayerCache = dict[str, Any]
 
@@ -61,8 +64,15 @@ class LayerShape:
             most = getattr(options, "sliding_window_size", None)
         return cls(config, attention.num_kv_heads, attention.head_dim, jnp.dtype(dtype), most)
 
-    def empty(self, batch_size: int, slots: int, dtype: Any, rng: Array | None) -> LayerCache:
-        """An empty cache."""
+    def empty(
+        self,
+        batch_size: int,
+        slots: int,
+        dtype: Any,
+        rng: Array | None,
+        prefix: LayerPrefix | None = None,
+    ) -> LayerCache:
+        """An empty cache, of a wrapped layer perhaps behind a document."""
         rng = jax.random.key(0) if rng is None else rng
         slots = slots if self.most_slots is None else min(slots, self.most_slots)
         count = 1 if self.config is not None else slots
@@ -71,7 +81,7 @@ class LayerShape:
         end_index = jnp.zeros(batch_size, jnp.int32)
         if self.config is None:
             return {"k": keys, "v": values, "end_index": end_index}
-        held = CoresetCache.init(self.config, rng, keys, values)
+        held = CoresetCache.init(self.config, rng, keys, values, prefix)
         # Loops that donate their cache need every array in a buffer of its own.
         return {"coreset": jax.tree.map(jnp.copy, held), "end_index": end_index}
 
@@ -94,14 +104,27 @@ class ModelCache:
         )
 
     def __call__(
-        self, batch_size: int, cache_size: int = 1, dtype: Any = None, rng: Array | None = None
+        self,
+        batch_size: int,
+        cache_size: int = 1,
+        dtype: Any = None,
+        rng: Array | None = None,
+        prefix: Prefix | Sequence[Prefix] | None = None,
     ) -> dict[str, LayerCache]:
         """Empty caches, see :func:`coreset_jax.nn.tunix.init_cache`."""
+        if prefix is not None and any(each is None or each.config is None for each in self.layers):
+            raise ValueError("prefix needs a model all of whose layers have been wrapped.")
         checks.check_count("batch_size", batch_size)
         checks.check_count("cache_size", cache_size)
         rng = jax.random.key(0) if rng is None else rng
         return {
-            f"layer_{i}": layer.empty(batch_size, cache_size, dtype, jax.random.fold_in(rng, i))
+            f"layer_{i}": layer.empty(
+                batch_size,
+                cache_size,
+                dtype,
+                jax.random.fold_in(rng, i),
+                None if prefix is None else of_layer(prefix, i),
+            )
             for i, layer in enumerate(self.layers)
             if layer is not None
         }
