@@ -2,11 +2,13 @@ r"""Matching: weights and values fitted to the attention of sample queries over 
 
 Samples alone do not say enough: with no more of them than pairs, a fit answers them exactly and
 nothing else. What a fit in the kernel put behind the keys says the rest, and
-:func:`correct_to_queries` corrects it by what the samples miss.
+:func:`correct_to_queries` corrects it by what the samples miss. One sample of eight is held back,
+and judges whether the correction is taken.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from coreset_jax._src.core.coreset import Coreset
@@ -14,6 +16,7 @@ from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.fit.query_targets import (
     evaluate,
+    held_back,
     matched_log_weights,
     matched_values,
     unless_worse,
@@ -107,12 +110,16 @@ def correct_to_queries(
     heights = jnp.exp(lift)[:, None]
     coefficients = heights * weights[:, None] * geometry.coefficients(coreset.values)
     targets = evaluate(head, coreset.keys, held)
+    if targets.queries.shape[0] < 2:
+        # Nothing is left to fit to.
+        return unless_worse(targets, head, coreset, info, coreset.values, coreset.log_weights)
     totals = targets.cache.maximum + jnp.log(targets.cache.total)
     shares = targets.scores - totals[:, None] - lift[None]
     # In the unit in which their squares sum to the number of pairs, as those of the kernel's
     # diagonal do.
     top = jnp.max(shares)
-    shares = jnp.exp(shares - top)
+    seen = ~held_back(shares.shape[0])[:, None]
+    shares = jnp.where(seen, jnp.exp(shares - top), 0)
     unit = jnp.sqrt(count / jnp.sum(jnp.square(shares)))
     shares = unit * shares
     unit *= jnp.exp(-top)
@@ -157,14 +164,17 @@ def match_to_queries(
     """
     held = jnp.isfinite(coreset.log_weights)
     targets = evaluate(head, coreset.keys, held)
+    if targets.queries.shape[0] < 2:
+        return unless_worse(targets, head, coreset, info, coreset.values, coreset.log_weights)
+    seen = np.flatnonzero(~held_back(targets.queries.shape[0]))
     log_weights = matched_log_weights(
-        jnp.exp(targets.scores - targets.cache.maximum[:, None]),
-        targets.cache.total,
+        jnp.exp(targets.scores - targets.cache.maximum[:, None])[seen],
+        targets.cache.total[seen],
         bound=bound,
         gradient_steps=gradient_steps,
     )
     # An empty slot has a score that leaves nothing of its weight.
-    shares = jax.nn.softmax(targets.scores + log_weights[None], axis=-1)
-    outputs = head.standardization.restore_values(targets.outputs())
+    shares = jax.nn.softmax(targets.scores[seen] + log_weights[None], axis=-1)
+    outputs = head.standardization.restore_values(targets.outputs()[seen])
     values = matched_values(shares, outputs, ridge=ridge)
     return unless_worse(targets, head, coreset, info, values, log_weights)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Shaped
 
@@ -21,6 +22,9 @@ from coreset_jax._src.precision import inner_products, matmul, root
 
 # Scores of the samples over the whole cache that are held at a time.
 _SCORES = 2**20
+
+# One sample of so many is held back from fits, to judge them.
+HELD_BACK = 8
 
 # Steps of a power iteration from ones. The matrices are positive: one singular value stands out.
 _POWER_STEPS = 20
@@ -50,13 +54,25 @@ class QueryTargets(NamedTuple):
         return self.cache.output / self.cache.total[:, None]
 
     def mean_squared_error(
-        self, values: Float[Array, "m dv"], log_weights: Float[Array, " m"]
+        self,
+        values: Float[Array, "m dv"],
+        log_weights: Float[Array, " m"],
+        counted: Bool[np.ndarray, " q"] | None = None,
     ) -> Float[Array, ""]:
-        """Mean squared error over the samples, in unit values, of raw values behind the keys."""
+        """Mean squared error, in unit values, of raw values behind the keys.
+
+        Args:
+          values: raw values ``[m, dv]``.
+          log_weights: logarithms of the weights ``[m]``.
+          counted: over which samples ``[q]``, static; ``None`` means all.
+        """
         shares = jax.nn.softmax(self.scores + log_weights.astype(self.scores.dtype)[None], axis=-1)
         unit = self.standardization.unit_values(values)
         errors = matmul(shares, unit) - self.outputs()
-        return jnp.mean(jnp.sum(jnp.square(errors), axis=-1))
+        squares = jnp.sum(jnp.square(errors), axis=-1)
+        if counted is None:
+            return jnp.mean(squares)
+        return jnp.sum(jnp.where(counted, squares, 0)) / counted.sum()
 
 
 def sampled_attention(head: Head) -> tuple[Float[Array, "q d"], PartialAttention]:
@@ -126,6 +142,15 @@ def evaluate(head: Head, keys: Float[Array, "m d"], held: Bool[Array, " m"]) -> 
     return QueryTargets(head.standardization, unit, cache, scores)
 
 
+def held_back(count: int) -> Bool[np.ndarray, " q"]:
+    """Which of ``count`` samples no fit may see, so that they can judge it: one of eight.
+
+    There is at least one, and of a single sample none is left for the fit.
+    """
+    found: np.ndarray = np.arange(count) % HELD_BACK == min(HELD_BACK // 2, count - 1)
+    return found
+
+
 def unless_worse(
     targets: QueryTargets,
     head: Head,
@@ -134,7 +159,7 @@ def unless_worse(
     values: Float[Array, "m dv"],
     log_weights: Float[Array, " m"],
 ) -> tuple[Coreset, Info]:
-    """The coreset with other values and weights, unless its error over the samples grows by them.
+    """The coreset with other values and weights, unless samples held back say that it is worse.
 
     Args:
       targets: attention of the samples over the whole head.
@@ -148,8 +173,9 @@ def unless_worse(
     # What is compared is what is returned, rounded.
     values = values.astype(coreset.values.dtype)
     log_weights = log_weights.astype(coreset.log_weights.dtype)
-    before = targets.mean_squared_error(coreset.values, coreset.log_weights)
-    after = targets.mean_squared_error(values, jnp.where(held, log_weights, -jnp.inf))
+    judging = held_back(targets.queries.shape[0])
+    before = targets.mean_squared_error(coreset.values, coreset.log_weights, judging)
+    after = targets.mean_squared_error(values, jnp.where(held, log_weights, -jnp.inf), judging)
     improved = after < before
     taken = improved & (jnp.sum(held) < head.length) & held
     chosen = coreset._replace(
@@ -159,6 +185,7 @@ def unless_worse(
     unit = head.standardization.value_radius
     return chosen, info.with_fit(
         improved,
+        matched=improved.astype(jnp.int32),
         sample_error_before=unit * root(before),
         sample_error_after=unit * root(jnp.where(improved, after, before)),
     )
