@@ -2,7 +2,7 @@ r"""Matching: weights and values fitted to the attention of sample queries over 
 
 Samples alone do not say enough: with no more of them than pairs, a fit answers them exactly and
 nothing else. What a fit in the kernel put behind the keys says the rest, and
-:func:`correct_to_queries` corrects it by what the samples miss. One sample of eight is held back,
+:func:`correct_to_queries` corrects it by what the samples miss. The last eighth of them is held back,
 and judges whether the correction is taken.
 """
 
@@ -110,7 +110,8 @@ def correct_to_queries(
     heights = jnp.exp(lift)[:, None]
     coefficients = heights * weights[:, None] * geometry.coefficients(coreset.values)
     targets = evaluate(head, coreset.keys, held)
-    if targets.queries.shape[0] < 2:
+    unseen = held_back(targets.queries.shape[0])
+    if np.all(unseen):
         # Nothing is left to fit to.
         return unless_worse(targets, head, coreset, info, coreset.values, coreset.log_weights)
     totals = targets.cache.maximum + jnp.log(targets.cache.total)
@@ -118,8 +119,7 @@ def correct_to_queries(
     # In the unit in which their squares sum to the number of pairs, as those of the kernel's
     # diagonal do.
     top = jnp.max(shares)
-    seen = ~held_back(shares.shape[0])[:, None]
-    shares = jnp.where(seen, jnp.exp(shares - top), 0)
+    shares = jnp.where(unseen[:, None], 0, jnp.exp(shares - top))
     unit = jnp.sqrt(count / jnp.sum(jnp.square(shares)))
     shares = unit * shares
     unit *= jnp.exp(-top)
@@ -140,7 +140,7 @@ def correct_to_queries(
     masses = jnp.where(held, after[:, -1], 1)
     log_weights = jnp.where(held, jnp.log(masses) - lift, -jnp.inf)
     chosen = geometry.restore_values(after[:, :-1] / masses[:, None])
-    return unless_worse(targets, head, coreset, info, chosen, log_weights)
+    return unless_worse(targets, head, coreset, info, chosen, log_weights, unseen=unseen)
 
 
 def match_to_queries(
@@ -164,17 +164,14 @@ def match_to_queries(
     """
     held = jnp.isfinite(coreset.log_weights)
     targets = evaluate(head, coreset.keys, held)
-    if targets.queries.shape[0] < 2:
-        return unless_worse(targets, head, coreset, info, coreset.values, coreset.log_weights)
-    seen = np.flatnonzero(~held_back(targets.queries.shape[0]))
     log_weights = matched_log_weights(
-        jnp.exp(targets.scores - targets.cache.maximum[:, None])[seen],
-        targets.cache.total[seen],
+        jnp.exp(targets.scores - targets.cache.maximum[:, None]),
+        targets.cache.total,
         bound=bound,
         gradient_steps=gradient_steps,
     )
     # An empty slot has a score that leaves nothing of its weight.
-    shares = jax.nn.softmax(targets.scores[seen] + log_weights[None], axis=-1)
-    outputs = head.standardization.restore_values(targets.outputs()[seen])
+    shares = jax.nn.softmax(targets.scores + log_weights[None], axis=-1)
+    outputs = head.standardization.restore_values(targets.outputs())
     values = matched_values(shares, outputs, ridge=ridge)
     return unless_worse(targets, head, coreset, info, values, log_weights)

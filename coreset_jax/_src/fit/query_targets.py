@@ -24,13 +24,12 @@ from coreset_jax._src.precision import inner_products, matmul, root
 # Scores of the samples over the whole cache that are held at a time.
 _SCORES = 2**20
 
-# One sample of so many is held back from fits, to judge them.
-HELD_BACK = 8
+# One sample of so many is held back from a fit, to judge it.
+_HELD_BACK = 8
 
 # What a fit must leave of their errors in the geometric mean to be taken, and what is nothing
-# beside the mean square. Later queries are less like the samples than these are like each other: on
-# SmolLM2-135M small gains for the last queries of a prompt were large losses for the next ones.
-_CLEARLY_BETTER = 0.8
+# beside the mean square.
+_BETTER = 0.95
 _NOTHING = 1e-6
 
 # Steps of a power iteration from ones. The matrices are positive: one singular value stands out.
@@ -138,11 +137,12 @@ def evaluate(head: Head, keys: Float[Array, "m d"], held: Bool[Array, " m"]) -> 
 
 
 def held_back(count: int) -> Bool[np.ndarray, " q"]:
-    """Which of ``count`` samples no fit may see, so that they can judge it: one of eight.
+    """Which of ``count`` samples a fit may not see, so that they can judge it: the last eighth.
 
-    There is at least one, and of a single sample none is left for the fit.
+    Samples come in the order of their tokens as a rule: neighbors are alike, and the last ones are
+    nearest to those that will come. There is at least one, and a single sample leaves none to fit.
     """
-    found: np.ndarray = np.arange(count) % HELD_BACK == min(HELD_BACK // 2, count - 1)
+    found: np.ndarray = np.arange(count) >= count - max(count // _HELD_BACK, 1)
     return found
 
 
@@ -153,11 +153,14 @@ def unless_worse(
     info: Info,
     values: Float[Array, "m dv"],
     log_weights: Float[Array, " m"],
+    *,
+    unseen: Bool[np.ndarray, " q"] | None = None,
 ) -> tuple[Coreset, Info]:
-    """The coreset with other values and weights, if samples held back say that it is better.
+    """The coreset with other values and weights, unless its error over the samples grows by them.
 
-    Their squared errors must fall in the mean, and clearly so in the geometric mean, in which a few
-    samples with large errors do not outvote all others.
+    Samples that were held back are the better judges. Over these the squared error must fall in the
+    mean, and the error by a twentieth in the geometric mean, in which a few samples with large
+    errors do not outvote all others.
 
     Args:
       targets: attention of the samples over the whole head.
@@ -166,21 +169,24 @@ def unless_worse(
       info: what has happened before.
       values: raw values ``[m, dv]``.
       log_weights: logarithms of the weights ``[m]``; those of empty slots are not looked at.
+      unseen: which samples were held back ``[q]``, static; ``None`` if none of them, and all judge.
     """
     held = jnp.isfinite(coreset.log_weights)
     # What is compared is what is returned, rounded.
     values = values.astype(coreset.values.dtype)
     log_weights = log_weights.astype(coreset.log_weights.dtype)
-    judging = np.flatnonzero(held_back(targets.queries.shape[0]))
-    log_chosen = jnp.where(held, log_weights, -jnp.inf)
-    squares = (
-        targets.squared_errors(coreset.values, coreset.log_weights)[judging],
-        targets.squared_errors(values, log_chosen)[judging],
-    )
+    squares = [
+        targets.squared_errors(coreset.values, coreset.log_weights),
+        targets.squared_errors(values, jnp.where(held, log_weights, -jnp.inf)),
+    ]
+    if unseen is not None:
+        squares = [each[np.flatnonzero(unseen)] for each in squares]
     before, after = (jnp.mean(each) for each in squares)
-    nothing = _NOTHING * before + jnp.finfo(before.dtype).tiny
-    gains = jnp.log(squares[1] + nothing) - jnp.log(squares[0] + nothing)
-    improved = (after < before) & (jnp.mean(gains) < 2 * math.log(_CLEARLY_BETTER))
+    improved = after < before
+    if unseen is not None:
+        nothing = _NOTHING * before + jnp.finfo(before.dtype).tiny
+        logs = [jnp.mean(jnp.log(each + nothing)) for each in squares]
+        improved &= logs[1] < logs[0] + 2 * math.log(_BETTER)
     taken = improved & (jnp.sum(held) < head.length) & held
     chosen = coreset._replace(
         values=jnp.where(taken[:, None], values, coreset.values),

@@ -17,7 +17,7 @@ from coreset_jax._src.core.coreset import Coreset
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.fit.pivots import KernelRows, draw_pivots, first_places
-from coreset_jax._src.fit.query_targets import HELD_BACK, pairs_in_blocks, sampled_attention
+from coreset_jax._src.fit.query_targets import pairs_in_blocks, sampled_attention
 from coreset_jax._src.geometry.solves import (
     cholesky_factor,
     identity_like,
@@ -25,6 +25,9 @@ from coreset_jax._src.geometry.solves import (
     solve_factored,
 )
 from coreset_jax._src.precision import inner_products, matmul, root
+
+# One sample of so many is held back, to judge the fit.
+_HELD_BACK = 8
 
 # How much a change of a pair's part counts beside the samples, in the mean over pairs.
 _STRENGTH = 0.1
@@ -134,8 +137,8 @@ def represent(head: Head, rest: Bool[Array, " n"], slots: int) -> tuple[Coreset,
     rows = jnp.minimum(places, head.count - 1)
     keys, values = head.keys[rows], head.values[rows]
     # A fit looks at most of the samples, and is judged by the others.
-    turns = jnp.arange(seen.queries.shape[0]) % HELD_BACK
-    judging = (turns == HELD_BACK // 2).astype(head.dtype)
+    turns = jnp.arange(seen.queries.shape[0]) % _HELD_BACK
+    judging = (turns == _HELD_BACK // 2).astype(head.dtype)
     shares = jnp.where(held[None], seen.shares(head.standardization.unit_keys(keys)), 0)
     own = jnp.where(held[:, None], _columns(head, values), 0)
     common, fitted = _solved(shares * (1 - judging)[:, None], own, seen, 1 - judging)

@@ -68,7 +68,9 @@ def channel_units(
     if queries is None:
         parts, known = jnp.full_like(widths, _NARROWEST), turning
     else:
-        squares = jnp.square(queries.astype(rows.dtype))
+        queries = queries.astype(rows.dtype)
+        longest = jnp.max(jnp.abs(queries), axis=(-2, -1), keepdims=True)
+        squares = jnp.square(queries / jnp.maximum(longest, limits.tiny))
         # As if there was one more sample: it looks where keys say nothing, and nowhere else.
         others = median_channel(jnp.mean(squares, axis=-2), varies)
         more = jnp.where(turning, 0, others)

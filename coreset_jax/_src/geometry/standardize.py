@@ -39,8 +39,9 @@ class Standardization(NamedTuple):
       query_norm: largest norm of a raw query, :math:`\rho / (\mathrm{scale}\,\kappa)`, ``[...]``:
         the same for every part of a cache, where :math:`\rho` is not.
       key_units: factors of the channels :math:`D`, ``[..., d]``, by which keys are multiplied and
-        queries divided before all else, and with which ``key_radius`` and ``rho`` are meant;
-        ``None`` means one for all. See :func:`coreset_jax._src.geometry.channels.channel_units`.
+        queries divided before all else, and with which ``key_radius`` and ``rho`` are meant: ones
+        unless wide channels are to be narrow. See
+        :func:`coreset_jax._src.geometry.channels.channel_units`.
     """
 
     key_center: Float[Array, "*heads d"]
@@ -52,7 +53,7 @@ class Standardization(NamedTuple):
     rho: Float[Array, "*heads"]
     scale: Float[Array, "*heads"]
     query_norm: Float[Array, "*heads"]
-    key_units: Float[Array, "*heads d"] | None = None
+    key_units: Float[Array, "*heads d"]
 
     def unit_keys(self, keys: Float[Array, "*heads n d"]) -> Float[Array, "*heads n d"]:
         r"""Centered keys of norm at most one: :math:`D (k - \bar k)/\kappa`."""
@@ -65,9 +66,8 @@ class Standardization(NamedTuple):
         factors = self.key_radius[..., None, None] / self._units()
         return unit * factors + self.key_center[..., None, :]
 
-    def _units(self) -> Float[Array, "*heads 1 d"] | float:
-        """The units of channels, to be multiplied with rows."""
-        return 1.0 if self.key_units is None else self.key_units[..., None, :]
+    def _units(self) -> Float[Array, "*heads 1 d"]:
+        return self.key_units[..., None, :]
 
     def unit_values(self, values: Float[Array, "*heads n dv"]) -> Float[Array, "*heads n dv"]:
         r"""Centered values of norm at most one: :math:`(v - \bar v)/\max\|v - \bar v\|`."""
@@ -149,7 +149,7 @@ def _center_radius_spread(
     Float[Array, "*heads d"],
     Float[Array, "*heads"],
     Float[Array, "*heads"],
-    Float[Array, "*heads d"] | None,
+    Float[Array, "*heads d"],
 ]:
     """Mean row, largest distance from it, root mean square distance over that, units of channels.
 
@@ -178,7 +178,7 @@ def _center_radius_spread(
 
     center = mean(array)
     offsets = array - center[..., None, :]
-    units = None
+    units = jnp.ones_like(center)
     if narrow:
         counted = inside / total[..., None] if shares is None else shares
         units = channel_units(array, center, counted.astype(array.dtype), queries)
