@@ -114,4 +114,4 @@ class better_of(Wrapper):  # noqa: N801
 def _error(head: Head, coreset: Coreset) -> Float[Array, ""]:
     """The mean squared error of a coreset for the samples of a head."""
     targets = evaluate(head, coreset.keys, jnp.isfinite(coreset.log_weights))
-    return targets.mean_squared_error(coreset.values, coreset.log_weights)
+    return jnp.mean(targets.squared_errors(coreset.values, coreset.log_weights))

@@ -9,6 +9,7 @@ import coreset_jax as cj
 from coreset_jax import baselines
 from coreset_jax._src.geometry.sinks import likely_sinks
 from tests.brute_force import attention
+from tests.wide_pairs import turned
 
 COUNT, WIDTH = 600, 16
 SINKS = np.array([0, 100, 101, 350, 599])
@@ -72,3 +73,13 @@ def test_the_default_keeps_them_as_they_are():
             np.testing.assert_array_equal(coreset.log_weights[rows], 0)
             np.testing.assert_array_equal(coreset.keys[rows], keys[SINKS])
     assert errors[0] < 0.3 * errors[1]
+
+
+@pytest.mark.parametrize("base", [10.0, 1e9])
+def test_a_long_bias_in_two_channels_hides_none(base):
+    _, keys = planted()
+    bias = np.zeros(WIDTH)
+    bias[[7, 15]] = 200.0
+    keys = keys + turned(np.tile(bias, (COUNT, 1)), np.arange(COUNT), base)
+    found = find(jnp.asarray(keys, jnp.float32), jnp.ones(COUNT, bool))
+    np.testing.assert_array_equal(np.flatnonzero(found), SINKS)

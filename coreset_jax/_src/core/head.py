@@ -122,9 +122,11 @@ class Head:
             self.keys,
             self.values,
             query_norm=self.query_norm,
+            queries=self.queries,
             scale=self.scale,
             lengths=self.length if self.ragged else None,
             log_weights=self.log_weights,
+            narrow=True,
         )
 
     @property

@@ -24,8 +24,10 @@ class Info(NamedTuple):
       kernel_energy: squared norm of the pairs that were fitted, in the kernel, ``[...]``.
       kernel_error_before: squared error before the last fit in the kernel, ``[...]``.
       kernel_error_after: and after it, ``[...]``; no larger.
-      sample_error_before: root mean squared error of attention over the sample queries before they
-        were matched, in the units of the values, ``[...]``; the largest of a head's parts.
+      matched: fits to sample queries that were taken, since queries that they had not seen are
+        answered better with them, int32 ``[...]``; one for each 2048 slots at most.
+      sample_error_before: root mean squared error of attention before sample queries were matched,
+        over those of them that were held back, in the units of the values, ``[...]``; the largest of a head's parts.
       sample_error_after: and after it, ``[...]``; no larger.
     """
 
@@ -38,6 +40,7 @@ class Info(NamedTuple):
     kernel_energy: Float[Array, "*heads"] | None = None
     kernel_error_before: Float[Array, "*heads"] | None = None
     kernel_error_after: Float[Array, "*heads"] | None = None
+    matched: Int[Array, "*heads"] | None = None
     sample_error_before: Float[Array, "*heads"] | None = None
     sample_error_after: Float[Array, "*heads"] | None = None
 
@@ -52,6 +55,7 @@ class Info(NamedTuple):
             "heavy",
             "fits",
             "fallbacks",
+            "matched",
             "kernel_energy",
             "kernel_error_before",
             "kernel_error_after",

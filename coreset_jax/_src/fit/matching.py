@@ -2,11 +2,13 @@ r"""Matching: weights and values fitted to the attention of sample queries over 
 
 Samples alone do not say enough: with no more of them than pairs, a fit answers them exactly and
 nothing else. What a fit in the kernel put behind the keys says the rest, and
-:func:`correct_to_queries` corrects it by what the samples miss.
+:func:`correct_to_queries` corrects it by what the samples miss. The last eighth of them is held back,
+and judges whether the correction is taken.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from coreset_jax._src.core.coreset import Coreset
@@ -14,6 +16,7 @@ from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.fit.query_targets import (
     evaluate,
+    held_back,
     matched_log_weights,
     matched_values,
     unless_worse,
@@ -109,12 +112,16 @@ def correct_to_queries(
     heights = jnp.exp(lift)[:, None]
     coefficients = heights * weights[:, None] * geometry.coefficients(coreset.values)
     targets = evaluate(head, coreset.keys, held, soft_cap)
+    unseen = held_back(targets.queries.shape[0])
+    if np.all(unseen):
+        # Nothing is left to fit to.
+        return unless_worse(targets, head, coreset, info, coreset.values, coreset.log_weights)
     totals = targets.cache.maximum + jnp.log(targets.cache.total)
     shares = targets.scores - totals[:, None] - lift[None]
     # In the unit in which their squares sum to the number of pairs, as those of the kernel's
     # diagonal do.
     top = jnp.max(shares)
-    shares = jnp.exp(shares - top)
+    shares = jnp.where(unseen[:, None], 0, jnp.exp(shares - top))
     unit = jnp.sqrt(count / jnp.sum(jnp.square(shares)))
     shares = unit * shares
     unit *= jnp.exp(-top)
@@ -135,7 +142,7 @@ def correct_to_queries(
     masses = jnp.where(held, after[:, -1], 1)
     log_weights = jnp.where(held, jnp.log(masses) - lift, -jnp.inf)
     chosen = geometry.restore_values(after[:, :-1] / masses[:, None])
-    return unless_worse(targets, head, coreset, info, chosen, log_weights)
+    return unless_worse(targets, head, coreset, info, chosen, log_weights, unseen=unseen)
 
 
 def match_to_queries(

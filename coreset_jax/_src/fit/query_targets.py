@@ -4,11 +4,13 @@ With scores :math:`s_{qi}` of the samples and their exact outputs :math:`Y`, att
 weights under which the kept pairs have the mass of all, and then values that answer like all.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Shaped
 
@@ -22,6 +24,14 @@ from coreset_jax._src.precision import inner_products, matmul, root
 
 # Scores of the samples over the whole cache that are held at a time.
 _SCORES = 2**20
+
+# One sample of so many is held back from a fit, to judge it.
+_HELD_BACK = 8
+
+# What a fit must leave of their errors in the geometric mean to be taken, and what is nothing
+# beside the mean square.
+_BETTER = 0.95
+_NOTHING = 1e-6
 
 # Steps of a power iteration from ones. The matrices are positive: one singular value stands out.
 _POWER_STEPS = 20
@@ -50,14 +60,14 @@ class QueryTargets(NamedTuple):
         """Exact attention, of unit values."""
         return self.cache.output / self.cache.total[:, None]
 
-    def mean_squared_error(
+    def squared_errors(
         self, values: Float[Array, "m dv"], log_weights: Float[Array, " m"]
-    ) -> Float[Array, ""]:
-        """Mean squared error over the samples, in unit values, of raw values behind the keys."""
+    ) -> Float[Array, " q"]:
+        """Squared error for each sample, in unit values, of raw values behind the keys."""
         shares = jax.nn.softmax(self.scores + log_weights.astype(self.scores.dtype)[None], axis=-1)
         unit = self.standardization.unit_values(values)
         errors = matmul(shares, unit) - self.outputs()
-        return jnp.mean(jnp.sum(jnp.square(errors), axis=-1))
+        return jnp.sum(jnp.square(errors), axis=-1)
 
 
 def sampled_attention(
@@ -152,6 +162,16 @@ def evaluate(
     return QueryTargets(head.standardization, unit, cache, scores)
 
 
+def held_back(count: int) -> Bool[np.ndarray, " q"]:
+    """Which of ``count`` samples a fit may not see, so that they can judge it: the last eighth.
+
+    Samples come in the order of their tokens as a rule: neighbors are alike, and the last ones are
+    nearest to those that will come. There is at least one, and a single sample leaves none to fit.
+    """
+    found: np.ndarray = np.arange(count) >= count - max(count // _HELD_BACK, 1)
+    return found
+
+
 def unless_worse(
     targets: QueryTargets,
     head: Head,
@@ -159,8 +179,14 @@ def unless_worse(
     info: Info,
     values: Float[Array, "m dv"],
     log_weights: Float[Array, " m"],
+    *,
+    unseen: Bool[np.ndarray, " q"] | None = None,
 ) -> tuple[Coreset, Info]:
     """The coreset with other values and weights, unless its error over the samples grows by them.
+
+    Samples that were held back are the better judges. Over these the squared error must fall in the
+    mean, and the error by a twentieth in the geometric mean, in which a few samples with large
+    errors do not outvote all others.
 
     Args:
       targets: attention of the samples over the whole head.
@@ -169,14 +195,24 @@ def unless_worse(
       info: what has happened before.
       values: raw values ``[m, dv]``.
       log_weights: logarithms of the weights ``[m]``; those of empty slots are not looked at.
+      unseen: which samples were held back ``[q]``, static; ``None`` if none of them, and all judge.
     """
     held = jnp.isfinite(coreset.log_weights)
     # What is compared is what is returned, rounded.
     values = values.astype(coreset.values.dtype)
     log_weights = log_weights.astype(coreset.log_weights.dtype)
-    before = targets.mean_squared_error(coreset.values, coreset.log_weights)
-    after = targets.mean_squared_error(values, jnp.where(held, log_weights, -jnp.inf))
+    squares = [
+        targets.squared_errors(coreset.values, coreset.log_weights),
+        targets.squared_errors(values, jnp.where(held, log_weights, -jnp.inf)),
+    ]
+    if unseen is not None:
+        squares = [each[np.flatnonzero(unseen)] for each in squares]
+    before, after = (jnp.mean(each) for each in squares)
     improved = after < before
+    if unseen is not None:
+        nothing = _NOTHING * before + jnp.finfo(before.dtype).tiny
+        logs = [jnp.mean(jnp.log(each + nothing)) for each in squares]
+        improved &= logs[1] < logs[0] + 2 * math.log(_BETTER)
     taken = improved & (jnp.sum(held) < head.length) & held
     chosen = coreset._replace(
         values=jnp.where(taken[:, None], values, coreset.values),
@@ -185,6 +221,7 @@ def unless_worse(
     unit = head.standardization.value_radius
     return chosen, info.with_fit(
         improved,
+        matched=improved.astype(jnp.int32),
         sample_error_before=unit * root(before),
         sample_error_after=unit * root(jnp.where(improved, after, before)),
     )

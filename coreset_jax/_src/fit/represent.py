@@ -168,6 +168,7 @@ def represent(head: Head, rest: Bool[Array, " n"], slots: int) -> tuple[Coreset,
     judged = jnp.maximum(jnp.sum(judging), 1)
     info = Info(rounds=rounds, heavy=jnp.sum(head.inside & ~rest, dtype=jnp.int32)).with_fit(
         better,
+        matched=better.astype(jnp.int32),
         sample_error_before=unit * root(before / judged),
         sample_error_after=unit * root(jnp.minimum(before, after) / judged),
     )

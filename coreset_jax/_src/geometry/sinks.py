@@ -10,13 +10,22 @@ that such keys stand apart from all others in their angle to the mean:
 
 On SmolLM2-135M three keys of 3584 in the median head are such, and in many heads they have nine
 tenths of the attention. Among Gaussian keys there is hardly ever one.
+
+A bias that keys of a model have in a few channels, such as those of Qwen 2.5, may be so long that
+angles say nothing of all other channels. These few are left out.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from coreset_jax._src.geometry.channels import median_channel
+
 # In standard deviations of the cosines.
 _APART = 4.0
+
+# Channels in which keys are so many times as long as in the median one say nothing of sinks. On
+# SmolLM2-135M none is 18 times as long.
+_LONGEST = 32.0
 
 
 def likely_sinks(keys: Float[Array, "n d"], inside: Bool[Array, " n"]) -> Bool[Array, " n"]:
@@ -27,6 +36,9 @@ def likely_sinks(keys: Float[Array, "n d"], inside: Bool[Array, " n"]) -> Bool[A
       inside: which pairs are no padding.
     """
     count = jnp.sum(inside, dtype=keys.dtype)
+    lengths = jnp.sum(jnp.abs(keys), axis=0)
+    longest = _LONGEST * median_channel(lengths, lengths > 0)
+    keys = jnp.where(lengths > longest, 0, keys)
     unit, center = _directions(keys), _directions(jnp.sum(keys, axis=0, keepdims=True))
     cosines = jnp.sum(unit * center, axis=-1)
     mean = jnp.sum(jnp.where(inside, cosines, 0)) / count

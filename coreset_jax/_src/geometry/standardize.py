@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Integer
 
 from coreset_jax._src import checks
 from coreset_jax._src.attention import default_scale
+from coreset_jax._src.geometry.channels import channel_units
 from coreset_jax._src.precision import accumulation_dtype, matmul, root
 
 
@@ -37,6 +38,10 @@ class Standardization(NamedTuple):
       scale: the softmax scale that the unit queries have absorbed, ``[...]``.
       query_norm: largest norm of a raw query, :math:`\rho / (\mathrm{scale}\,\kappa)`, ``[...]``:
         the same for every part of a cache, where :math:`\rho` is not.
+      key_units: factors of the channels :math:`D`, ``[..., d]``, by which keys are multiplied and
+        queries divided before all else, and with which ``key_radius`` and ``rho`` are meant: ones
+        unless wide channels are to be narrow. See
+        :func:`coreset_jax._src.geometry.channels.channel_units`.
     """
 
     key_center: Float[Array, "*heads d"]
@@ -48,15 +53,21 @@ class Standardization(NamedTuple):
     rho: Float[Array, "*heads"]
     scale: Float[Array, "*heads"]
     query_norm: Float[Array, "*heads"]
+    key_units: Float[Array, "*heads d"]
 
     def unit_keys(self, keys: Float[Array, "*heads n d"]) -> Float[Array, "*heads n d"]:
-        r"""Centered keys of norm at most one: :math:`(k - \bar k)/\kappa`."""
+        r"""Centered keys of norm at most one: :math:`D (k - \bar k)/\kappa`."""
         keys = keys.astype(self.rho.dtype)
-        return (keys - self.key_center[..., None, :]) * (1 / self.key_radius)[..., None, None]
+        factors = (1 / self.key_radius)[..., None, None] * self._units()
+        return (keys - self.key_center[..., None, :]) * factors
 
     def restore_keys(self, unit: Float[Array, "*heads n d"]) -> Float[Array, "*heads n d"]:
         """The inverse of :meth:`unit_keys`."""
-        return unit * self.key_radius[..., None, None] + self.key_center[..., None, :]
+        factors = self.key_radius[..., None, None] / self._units()
+        return unit * factors + self.key_center[..., None, :]
+
+    def _units(self) -> Float[Array, "*heads 1 d"]:
+        return self.key_units[..., None, :]
 
     def unit_values(self, values: Float[Array, "*heads n dv"]) -> Float[Array, "*heads n dv"]:
         r"""Centered values of norm at most one: :math:`(v - \bar v)/\max\|v - \bar v\|`."""
@@ -68,13 +79,13 @@ class Standardization(NamedTuple):
         return unit * self.value_radius[..., None, None] + self.value_center[..., None, :]
 
     def unit_queries(self, queries: Float[Array, "*heads q d"]) -> Float[Array, "*heads q d"]:
-        r"""Queries of the unit problem, :math:`\mathrm{scale}\,\kappa\,q`, read with scale 1."""
+        r"""Queries of the unit problem, read with scale 1: :math:`s \kappa D^{-1} q`."""
         queries = queries.astype(self.rho.dtype)
-        return queries * (self.scale * self.key_radius)[..., None, None]
+        return queries * ((self.scale * self.key_radius)[..., None, None] / self._units())
 
     def restore_queries(self, unit: Float[Array, "*heads q d"]) -> Float[Array, "*heads q d"]:
         """The inverse of :meth:`unit_queries`."""
-        return unit / (self.scale * self.key_radius)[..., None, None]
+        return unit / ((self.scale * self.key_radius)[..., None, None] / self._units())
 
 
 class Calibration(NamedTuple):
@@ -132,11 +143,19 @@ def _center_radius_spread(
     array: Float[Array, "*heads n d"],
     lengths: Integer[Array, "*heads"] | None,
     shares: Float[Array, "*heads n"] | None = None,
-) -> tuple[Float[Array, "*heads d"], Float[Array, "*heads"], Float[Array, "*heads"]]:
-    """Mean row, largest distance from it, and root mean square distance over the largest.
+    queries: Float[Array, "*heads q d"] | None = None,
+    narrow: bool = False,
+) -> tuple[
+    Float[Array, "*heads d"],
+    Float[Array, "*heads"],
+    Float[Array, "*heads"],
+    Float[Array, "*heads d"],
+]:
+    """Mean row, largest distance from it, root mean square distance over that, units of channels.
 
     The radius is 1 and the spread 0 where all rows agree. Means are those of the ``shares`` of the
-    rows, which sum to one; ``None`` for equal ones.
+    rows, which sum to one; ``None`` for equal ones. Distances are those behind the units of
+    channels, of which there are none unless wide ones are to be made ``narrow``.
     """
     count = jnp.full(array.shape[:-2], array.shape[-2]) if lengths is None else lengths
     inside = jnp.arange(array.shape[-2]) < jnp.asarray(count)[..., None]
@@ -158,7 +177,13 @@ def _center_radius_spread(
         return jnp.sum(shares[..., None] * rows, axis=-2)
 
     center = mean(array)
-    squares = jnp.sum(jnp.square(array - center[..., None, :]), axis=-1)
+    offsets = array - center[..., None, :]
+    units = jnp.ones_like(center)
+    if narrow:
+        counted = inside / total[..., None] if shares is None else shares
+        units = channel_units(array, center, counted.astype(array.dtype), queries)
+        offsets = offsets * units[..., None, :]
+    squares = jnp.sum(jnp.square(offsets), axis=-1)
     if lengths is not None:
         squares = jnp.where(inside, squares, jnp.zeros_like(squares))
     radius = root(jnp.max(squares, axis=-1))
@@ -166,7 +191,7 @@ def _center_radius_spread(
     rounding = 64 * limits.eps * (peak / unit) * array.shape[-1] ** 0.5
     agree = radius <= rounding
     spread = jnp.where(agree, 0, root(mean(squares[..., None])[..., 0]) / radius)
-    return center * unit[..., None], jnp.where(agree, 1, radius * unit), spread
+    return center * unit[..., None], jnp.where(agree, 1, radius * unit), spread, units
 
 
 def largest_norm(
@@ -190,6 +215,7 @@ def standardize(
     scale: ArrayLike | None = None,
     lengths: Integer[Array, "*heads"] | None = None,
     log_weights: Float[Array, "*heads n"] | None = None,
+    narrow: bool = False,
 ) -> Standardization:
     r"""Finds the unit problem of a cache.
 
@@ -210,6 +236,10 @@ def standardize(
       lengths: valid pairs of each head ``[...]``; ``None`` means all.
       log_weights: logarithms of the pairs' weights ``[..., n]``, of which centers are means then;
         ``None`` means that all are alike.
+      narrow: whether channels in which keys are far wider than in others are brought to the width
+        of these, static. Then :math:`\kappa` is that of the keys after that, and queries within
+        the radius are those of a ball before it: in wide channels they are as small as these are
+        wide.
 
     Returns:
       The standardization, in float32 or wider. A NaN or an infinity among the valid pairs of a head
@@ -243,8 +273,10 @@ def standardize(
             inside = jnp.arange(keys.shape[-2]) < jnp.asarray(lengths)[..., None]
             logits = jnp.where(inside, logits, -jnp.inf)
         shares = jax.nn.softmax(logits)
-    key_center, key_radius, key_spread = _center_radius_spread(keys.astype(dtype), lengths, shares)
-    value_center, value_radius, value_spread = _center_radius_spread(
+    key_center, key_radius, key_spread, key_units = _center_radius_spread(
+        keys.astype(dtype), lengths, shares, queries, narrow
+    )
+    value_center, value_radius, value_spread, _ = _center_radius_spread(
         values.astype(dtype), lengths, shares
     )
     softmax_scale = jnp.full_like(
@@ -273,6 +305,7 @@ def standardize(
         radius if rho is not None else unit * norm,
         softmax_scale,
         norm,
+        key_units,
     )
 
 
@@ -341,7 +374,7 @@ def _calibrate(
     dtype = accumulation_dtype(keys, queries)
     keys, queries = keys.astype(dtype), queries.astype(dtype)
     scale, mass = jnp.asarray(scale, dtype), jnp.asarray(mass, dtype)
-    _, key_radius, key_spread = _center_radius_spread(keys, lengths)
+    _, key_radius, key_spread, _ = _center_radius_spread(keys, lengths)
     norms = jnp.linalg.norm(queries, axis=-1)
     unit = scale * key_radius
     levels = jnp.moveaxis(jnp.quantile(norms, quantiles.astype(dtype), axis=-1), 0, -1)

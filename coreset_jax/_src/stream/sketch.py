@@ -150,6 +150,7 @@ def weighted_standardization(
         scale * key_radius * query_norm,
         scale,
         query_norm,
+        jnp.ones_like(key_center),
     )
 
 
