@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import coreset_jax as cj
 from coreset_jax._src.core import coreset as module
 from coreset_jax._src.core.coreset import Coreset, SignedCoreset
 from tests import brute_force
@@ -12,7 +13,7 @@ from tests import brute_force
 LEADING, COUNT, SIZE, WIDTH, VALUE_WIDTH = (2, 3), 11, 6, 4, 5
 LENGTHS = np.array([[1, 5, COUNT], [2, 10, 4]])
 
-attend = jax.jit(module.attend, static_argnames="block_size")
+attend = jax.jit(cj.attend, static_argnames="block_size")
 
 
 @pytest.fixture(scope="module")

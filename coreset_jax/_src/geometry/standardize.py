@@ -180,7 +180,9 @@ def _center_radius_spread(
     offsets = array - center[..., None, :]
     units = jnp.ones_like(center)
     if narrow:
-        counted = inside / total[..., None] if shares is None else shares
+        counted = shares
+        if counted is None:
+            counted = inside.astype(array.dtype) / total[..., None].astype(array.dtype)
         units = channel_units(array, center, counted.astype(array.dtype), queries)
         offsets = offsets * units[..., None, :]
     squares = jnp.sum(jnp.square(offsets), axis=-1)
