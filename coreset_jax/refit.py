@@ -253,8 +253,8 @@ class matching(_Matching):  # noqa: N801
 
     Weights stay positive: at least a tenth of the mean, or of what they were where that is less.
     The last eighth of the samples is not fitted to, and judges. Unless all this lessens the mean
-    squared error of attention over them, and the error by a twentieth in the geometric mean, the
-    coreset is returned as it was, and a single sample changes nothing.
+    squared error of attention over them, and by a twentieth and a standard error the error in the
+    geometric mean, the coreset is returned as it was; two samples or fewer change nothing.
     :attr:`coreset_jax.Info.matched` says which.
 
     Args:
