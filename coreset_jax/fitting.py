@@ -124,7 +124,11 @@ class fitted(Compressor):  # noqa: N801
     2. of ``chunk_size`` slots: weights and values are fitted behind all keys of the chunk
        (:class:`coreset_jax.refit.move_keys` without steps);
     3. of 2048 slots, if there are sample queries: :class:`coreset_jax.refit.matching` corrects
-       weights and values for them.
+       weights and values for them, where those held back say that this is better.
+
+    Keys may have a long bias in a pair of channels that rotary positions turn, as those of Qwen 2.5
+    do, or be wide in channels where samples do not look: such channels count as about as wide as
+    the others.
 
     The first and the last pairs of the cache stay what they are (:class:`coreset_jax.keep_ends`):
     later queries attend mostly to these. Where pairs have no order, or a window is kept elsewhere,

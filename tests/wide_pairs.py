@@ -1,4 +1,4 @@
-"""Heads with one rotary pair of channels in which keys have a long bias and queries have hardly any.
+"""Heads with a pair of channels in which keys have a long bias and queries next to nothing.
 
 Pretrained models that add a bias to their keys, as Qwen 2.5 does, have norms of some hundreds in a
 pair of channels. The rotation of rotary positions turns it with the position: cached keys lie on a

@@ -14,20 +14,22 @@ class Info(NamedTuple):
 
     Attributes:
       rho: radius of the unit queries, :math:`\mathrm{scale}\,\max\|k - \bar k\|\,\max\|q\|`,
-        ``[...]``.
+        ``[...]``, with keys that are far wider in some channels than in others brought to the
+        width of these.
       kernel_radius: radius of the kernel in which pairs were told apart, on unit keys, ``[...]``;
         the largest of a head's parts.
       heavy: pairs kept because their weight alone outweighs a slot, int32 ``[...]``.
       rounds: rounds of a selection: draws of pivots, or halvings, int32 ``[...]``.
       fits: fits that were made, one a part and stage, int32 ``[...]``.
-      fallbacks: fits that would have made the error larger and were left out, int32 ``[...]``.
+      fallbacks: fits that would not have made the error smaller and were left out, int32 ``[...]``.
       kernel_energy: squared norm of the pairs that were fitted, in the kernel, ``[...]``.
       kernel_error_before: squared error before the last fit in the kernel, ``[...]``.
       kernel_error_after: and after it, ``[...]``; no larger.
       matched: fits to sample queries that were taken, since queries that they had not seen are
         answered better with them, int32 ``[...]``; one for each 2048 slots at most.
       sample_error_before: root mean squared error of attention before sample queries were matched,
-        over those of them that were held back, in the units of the values, ``[...]``; the largest of a head's parts.
+        over those of them that were held back, in the units of the values, ``[...]``; the largest
+        of a head's parts.
       sample_error_after: and after it, ``[...]``; no larger.
     """
 

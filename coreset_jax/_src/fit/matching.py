@@ -2,8 +2,8 @@ r"""Matching: weights and values fitted to the attention of sample queries over 
 
 Samples alone do not say enough: with no more of them than pairs, a fit answers them exactly and
 nothing else. What a fit in the kernel put behind the keys says the rest, and
-:func:`correct_to_queries` corrects it by what the samples miss. The last eighth of them is held back,
-and judges whether the correction is taken.
+:func:`correct_to_queries` corrects it by what the samples miss. The last eighth of them is held
+back, and judges whether the correction is taken.
 """
 
 import jax

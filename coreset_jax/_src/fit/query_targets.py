@@ -166,9 +166,9 @@ def held_back(count: int) -> Bool[np.ndarray, " q"]:
     """Which of ``count`` samples a fit may not see, so that they can judge it: the last eighth.
 
     Samples come in the order of their tokens as a rule: neighbors are alike, and the last ones are
-    nearest to those that will come. There is at least one, and a single sample leaves none to fit.
+    nearest to those that will come. There are at least two, and of two samples none is left to fit.
     """
-    found: np.ndarray = np.arange(count) >= count - max(count // _HELD_BACK, 1)
+    found: np.ndarray = np.arange(count) >= count - max(count // _HELD_BACK, 2)
     return found
 
 
@@ -185,8 +185,8 @@ def unless_worse(
     """The coreset with other values and weights, unless its error over the samples grows by them.
 
     Samples that were held back are the better judges. Over these the squared error must fall in the
-    mean, and the error by a twentieth in the geometric mean, in which a few samples with large
-    errors do not outvote all others.
+    mean, and the error in the geometric mean, in which a few samples with large errors do not
+    outvote all others: by a twentieth and a standard error.
 
     Args:
       targets: attention of the samples over the whole head.
@@ -211,8 +211,9 @@ def unless_worse(
     improved = after < before
     if unseen is not None:
         nothing = _NOTHING * before + jnp.finfo(before.dtype).tiny
-        logs = [jnp.mean(jnp.log(each + nothing)) for each in squares]
-        improved &= logs[1] < logs[0] + 2 * math.log(_BETTER)
+        gains = (jnp.log(squares[0] + nothing) - jnp.log(squares[1] + nothing)) / 2
+        doubt = jnp.std(gains) / gains.shape[0] ** 0.5
+        improved &= jnp.mean(gains) - doubt > -math.log(_BETTER)
     taken = improved & (jnp.sum(held) < head.length) & held
     chosen = coreset._replace(
         values=jnp.where(taken[:, None], values, coreset.values),

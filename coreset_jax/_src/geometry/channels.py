@@ -1,10 +1,11 @@
 r"""Channels in which keys are far wider than in others, and hardly any query looks.
 
 A model that adds a bias to its keys, as Qwen 2.5 does, may have keys of norm 300 in one pair of
-channels. Rotary positions turn it, and cached keys lie on a circle whose radius is hundreds of times
-what keys spread elsewhere. Scores stay moderate all the same, since queries are small there. The
-change of variables :math:`k' = D k`, :math:`q' = D^{-1} q` leaves every score what it is, and with
-keys no wider in these channels than in the others a ball of queries :math:`q'` is a fair guess.
+channels. Rotary positions turn it, and cached keys lie on a circle whose radius is hundreds of
+times what keys spread elsewhere. Scores stay moderate all the same, since queries are small there.
+The change of variables :math:`k' = D k`, :math:`q' = D^{-1} q` leaves every score what it is, and
+with keys no wider in these channels than in the others a ball of queries :math:`q'` is a fair
+guess.
 
 Which channels are such is told by keys alone where two channels turn into one another: the sum of
 their squares hardly changes. Of other wide channels only sample queries can tell that nobody looks.
