@@ -180,8 +180,8 @@ def _center_radius_spread(
     offsets = array - center[..., None, :]
     units = jnp.ones_like(center)
     if narrow:
-        counted = inside / total[..., None] if shares is None else shares
-        units = channel_units(array, center, counted.astype(array.dtype), queries)
+        counted = inside.astype(array.dtype) / total[..., None] if shares is None else shares
+        units = channel_units(array, center, counted, queries)
         offsets = offsets * units[..., None, :]
     squares = jnp.sum(jnp.square(offsets), axis=-1)
     if lengths is not None:
