@@ -132,7 +132,7 @@ def check_radius(
     leading = keys.shape[:-2]
     checks.check_positive("rho", rho, leading)
     checks.check_positive("query_norm", query_norm, leading)
-    checks.check_positive("scale", scale, leading)
+    checks.check_positive("scale", scale)
     if rho is not None and query_norm is not None:
         raise ValueError("rho and query_norm both name the query radius; give one of them.")
     if queries is not None:
@@ -180,10 +180,8 @@ def _center_radius_spread(
     offsets = array - center[..., None, :]
     units = jnp.ones_like(center)
     if narrow:
-        counted = shares
-        if counted is None:
-            counted = inside.astype(array.dtype) / total[..., None].astype(array.dtype)
-        units = channel_units(array, center, counted.astype(array.dtype), queries)
+        counted = inside.astype(array.dtype) / total[..., None] if shares is None else shares
+        units = channel_units(array, center, counted, queries)
         offsets = offsets * units[..., None, :]
     squares = jnp.sum(jnp.square(offsets), axis=-1)
     if lengths is not None:
@@ -234,7 +232,7 @@ def standardize(
       rho: the radius of unit queries itself, a scalar or ``[...]``.
       query_norm: largest norm of a raw query, a scalar or ``[...]``.
       queries: sample raw queries ``[..., q, d]``; their largest norm is taken.
-      scale: the softmax scale, a scalar or ``[...]``; ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
       lengths: valid pairs of each head ``[...]``; ``None`` means all.
       log_weights: logarithms of the pairs' weights ``[..., n]``, of which centers are means then;
         ``None`` means that all are alike.
@@ -285,18 +283,18 @@ def standardize(
         key_radius, default_scale(keys.shape[-1]) if scale is None else scale
     )
     unit = softmax_scale * key_radius
-    # Made from the keys, so that all is sharded as they are.
-    zeros = jnp.zeros_like(unit)
     if rho is not None:
-        radius = zeros + jnp.asarray(rho, dtype)
+        radius = jnp.broadcast_to(jnp.asarray(rho, dtype), unit.shape)
         norm = radius / unit
         # A cache with a NaN says so elsewhere; a radius that is none says so here.
         norm = jnp.where(jnp.isfinite(norm) & (norm > 0), norm, jnp.ones_like(norm))
         norm = jnp.where(jnp.isfinite(radius) & (radius > 0), norm, jnp.nan)
     elif query_norm is not None:
-        norm = zeros + jnp.asarray(query_norm, dtype)
+        norm = jnp.broadcast_to(jnp.asarray(query_norm, dtype), unit.shape)
     else:
-        norm = zeros + jnp.asarray(largest_norm(queries, keys.shape[-1]), dtype)
+        norm = jnp.broadcast_to(
+            jnp.asarray(largest_norm(queries, keys.shape[-1]), dtype), unit.shape
+        )
     return Standardization(
         key_center,
         key_radius,
