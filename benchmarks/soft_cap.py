@@ -1,7 +1,7 @@
 """How coresets answer attention whose scores are soft-capped, as in Gemma 2.
 
     python -m benchmarks.soft_cap            # the figures of the documentation
-    python -m benchmarks.soft_cap --quick    # a small shape, seconds
+    python -m benchmarks.soft_cap --small    # a small shape, seconds
 
 Keys of 32 clusters have a part in common, which the queries ask for: it moves all scores, up to
 where the cap bends them, and tells no pair from another. Coresets are read with a cap and without;
@@ -21,7 +21,7 @@ import coreset_jax as cj
 from experiments.common.progress import track
 from experiments.common.tables import print_table, stamp
 
-_QUICK = flags.DEFINE_bool("quick", False, "a small shape, to see that it runs")
+_SMALL = flags.DEFINE_bool("small", False, "a small shape, to see that it runs")
 
 SOFT_CAP = 50.0
 HEADS, WIDTH, CLUSTERS, COMMON = 4, 64, 32, 8.0
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
     """Prints the table."""
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments: {arguments[1:]}")
-    length, means = (512, [25.0]) if _QUICK.value else (4096, [0.0, 25.0, 50.0])
+    length, means = (512, [25.0]) if _SMALL.value else (4096, [0.0, 25.0, 50.0])
     cases = {mean: case(length, mean) for mean in means}
     rows = []
     for name in track(list(METHODS), "method"):

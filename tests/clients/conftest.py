@@ -8,6 +8,7 @@ NEEDS = {
     "test_docs.py": "tunix",
     "test_families.py": "tunix",
     "test_goodpoints.py": "goodpoints",
+    "test_prefix.py": "tunix",
     "test_tunix.py": "tunix",
     "tiny.py": "tunix",
 }

@@ -114,7 +114,7 @@ def test_targets_under_a_cap_are_brute_force(x64):
     np.testing.assert_allclose(found, exact, rtol=1e-9, atol=1e-10)
     read = brute_force.attention(queries, *coreset[:3], soft_cap=soft_cap)
     expected = np.mean(np.sum((read - exact) ** 2, axis=-1))
-    error = targets.mean_squared_error(coreset.values, coreset.log_weights)
+    error = np.mean(targets.squared_errors(coreset.values, coreset.log_weights))
     unit = head.standardization.value_radius
     np.testing.assert_allclose(error * unit**2, expected, rtol=1e-9)
 

@@ -89,6 +89,7 @@ def test_saved_loaded_and_forked_caches_go_on_alike(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_rows_are_reordered_by_any_gather():
     cache = opened([FIRST[0], SECOND[0]], 2)
     queries, keys, values = arrays(2, 5, HEADS * GROUPS), arrays(2, 5), arrays(2, 5)
@@ -104,7 +105,7 @@ def test_rows_are_reordered_by_any_gather():
     np.testing.assert_array_equal(swapped, outputs[order])
 
 
-@pytest.mark.parametrize("prefix", [None, FIRST[0]])
+@pytest.mark.parametrize("prefix", [pytest.param(None, marks=pytest.mark.slow), FIRST[0]])
 def test_rolled_back_is_never_gone(prefix):
     """What was guessed and taken back leaves no trace in what follows."""
     like = jnp.zeros((2, 1, HEADS, WIDTH))
@@ -143,6 +144,7 @@ def test_how_far_back():
         long.rolled_back(jnp.zeros(2))
 
 
+@pytest.mark.slow
 def test_rows_begin_anew_behind_their_documents():
     cache = opened([FIRST[0], SECOND[0]], 2)
     _, used = cache.read_and_extend(arrays(2, 60, HEADS * GROUPS), arrays(2, 60), arrays(2, 60))
@@ -166,6 +168,7 @@ def test_one_step_for_all_documents(programs):
     assert programs() == before
 
 
+@pytest.mark.slow
 def test_modules_read_behind_a_document():
     """Tokens stand behind the document: their keys are rotated by its length."""
     module = CoresetAttention(

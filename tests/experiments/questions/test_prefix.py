@@ -12,6 +12,7 @@ __all__ = ["model"]
 TEXT = "Keys are kept and values are fitted. " * 6
 
 
+@pytest.mark.slow
 def test_what_was_saved_answers_alike(model: Pretrained, tmp_path) -> None:
     made, document = prefix.compress(model, TEXT, ratio=4, again=False)
     assert made.length == document.length
