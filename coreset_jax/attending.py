@@ -71,7 +71,7 @@ class attended(KeepLookedUp):  # noqa: N801
     """
 
     kept_fraction: float = 0.75
-    recent_fraction: float = 0.125
+    recent_fraction: float = 1 / 32
     keeps_pairs = False
     of_products = True
 

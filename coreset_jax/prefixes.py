@@ -58,7 +58,15 @@ class Prefix:
     model: str
 
     @classmethod
-    def of(cls, coreset: Coreset, *, length: int, model: str, page_size: int = 16) -> "Prefix":
+    def of(
+        cls,
+        coreset: Coreset,
+        *,
+        length: int,
+        model: str,
+        page_size: int = 16,
+        num_slots: int | None = None,
+    ) -> "Prefix":
         """The prefix of a coreset of all layers.
 
         Args:
@@ -66,6 +74,8 @@ class Prefix:
           length: tokens of the document.
           model: a name of the model.
           page_size: as in :func:`coreset_jax.pack`.
+          num_slots: slots of every layer. Documents with as many share their programs; ``None``
+            means as many as each layer needs.
 
         Raises:
           ValueError: if the coreset has other axes, is traced, or ``length`` is below 1.
@@ -79,6 +89,8 @@ class Prefix:
         (2, 4)
         """
         checks.check_count("length", length)
+        if checks.is_traced(coreset.log_weights):
+            raise ValueError("coreset must not be traced: its pairs say how many slots there are.")
         if coreset.log_weights.ndim != 3:
             raise ValueError(
                 "coreset must have log_weights [layers, kv_heads, m]; got "
@@ -87,7 +99,7 @@ class Prefix:
         packed = []
         for number in range(coreset.keys.shape[0]):
             layer = jax.tree.map(operator.itemgetter(number), coreset)
-            packed.append(pack(layer, page_size=page_size))
+            packed.append(pack(layer, page_size=page_size, num_slots=num_slots))
         return cls(tuple(packed), int(length), model)
 
     @property
@@ -108,6 +120,7 @@ def save(path: str | os.PathLike[str], prefix: Prefix) -> None:
 
     Raises:
       ModuleNotFoundError: if the package safetensors is missing.
+      ValueError: if arrays are traced.
       OSError: if the file cannot be written; one that was there is still there.
 
     >>> import jax, tempfile, coreset_jax as cj
@@ -121,6 +134,8 @@ def save(path: str | os.PathLike[str], prefix: Prefix) -> None:
     256
     """
     library = _safetensors()
+    if any(checks.is_traced(leaf) for leaf in jax.tree.leaves(prefix)):
+        raise ValueError("prefix must not be traced: what is written must be known.")
     arrays = {
         f"{number}.{name}": np.asarray(getattr(layer, name))
         for number, layer in enumerate(prefix.layers)
@@ -139,6 +154,8 @@ def save(path: str | os.PathLike[str], prefix: Prefix) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         library.numpy.save_file(arrays, partial, metadata=header)
+        with open(partial, "rb+") as written:
+            os.fsync(written.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

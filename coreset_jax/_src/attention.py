@@ -195,7 +195,7 @@ def merge_attention(
     empty = jnp.isneginf(lses)
     highest = jnp.max(lses, axis=0)
     shift = jax.lax.stop_gradient(jnp.where(jnp.isneginf(highest), 0, highest))
-    shares = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, lses - shift)))
+    shares = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, lses - shift[None])))
     outputs = jnp.stack([outputs.astype(dtype) for outputs, _ in parts])
     outputs = jnp.where(empty[..., None], 0, outputs)
     total = jnp.sum(shares, axis=0)

@@ -105,7 +105,7 @@ class CoresetCache:
         cache: CoresetCache = steps.empty(nothing, keys[:, :1], values[:, :1], words)
         if prefix is None:
             return cache
-        checks.check_prefix(prefix, cache.recent)
+        checks.check_prefix(prefix, cache.recent, config.settings(keys.shape[3]).scale)
         return dataclasses.replace(cache, prefix=prefix)
 
     @property
@@ -126,6 +126,8 @@ class CoresetCache:
 
     def reset(self, rows: Bool[Array, " batch"]) -> "CoresetCache":
         """A cache with room for new sequences: some rows are empty, the others as they were.
+
+        Behind a prefix a new sequence begins with the document of its row.
 
         Args:
           rows: boolean ``[batch]``, true where a new sequence begins; may be traced.
@@ -163,12 +165,7 @@ class CoresetCache:
         (4,)
         """
         checks.check_order(order, self.lengths.shape[0])
-        rows = dataclasses.replace(self, prefix=None)
-        taken: CoresetCache = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], rows)
-        prefix = self.prefix
-        if prefix is not None and prefix.lengths.shape[0] > 1:
-            prefix = jax.tree.map(lambda leaf: jnp.asarray(leaf)[order], prefix)
-        return dataclasses.replace(taken, prefix=prefix)
+        return steps.reordered(self, jnp.asarray(order))
 
     def rolled_back(self, lengths: Int[Array, " batch"]) -> "CoresetCache":
         """The cache without its newest pairs, as speculative decoding wants it.

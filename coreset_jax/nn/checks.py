@@ -8,7 +8,7 @@ import numpy as np
 from coreset_jax._src import checks
 from coreset_jax._src.attention import default_scale
 from coreset_jax._src.core.compressor import Compressor
-from coreset_jax._src.core.scale import differ
+from coreset_jax._src.core.scale import differ, reading_scale
 from coreset_jax.nn.kv_block import KVBlock
 
 
@@ -84,7 +84,7 @@ def check_order(order: Any, batch: int) -> None:
         raise ValueError(
             f"order must be integers of shape [beams], got {array.dtype} {array.shape}."
         )
-    if not checks.is_traced(array) and array.size:
+    if checks.is_known(array) and array.size:
         found = np.asarray(array)
         if found.min() < 0 or found.max() >= batch:
             raise ValueError(
@@ -101,7 +101,7 @@ def check_back(lengths: Any, held: Any, shortest: Any) -> None:
             f"lengths must be integers of shape [batch] {held.shape}, got {array.dtype} "
             f"{array.shape}."
         )
-    if checks.is_traced(array) or checks.is_traced(shortest):
+    if not (checks.is_known(array) and checks.is_known(shortest)):
         return
     wanted, least = np.asarray(array), np.asarray(shortest)
     if np.any(wanted < 0) or np.any(wanted < least):
@@ -111,8 +111,9 @@ def check_back(lengths: Any, held: Any, shortest: Any) -> None:
         )
 
 
-def check_prefix(prefix: Any, held: KVBlock) -> None:
+def check_prefix(prefix: Any, held: KVBlock, scale: float) -> None:
     """Raises ``ValueError`` unless documents fit a cache that holds such pairs behind them."""
+    reading_scale(prefix.pairs.scale, scale, prefix.pairs.offsets.shape[:-1] + held.keys.shape[1:2])
     batch, heads, _, width = held.keys.shape
     pairs = prefix.pairs
     documents = pairs.keys.shape[0] if pairs.keys.ndim == 3 else -1

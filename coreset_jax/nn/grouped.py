@@ -14,7 +14,7 @@ from coreset_jax._src.attention import (
     partial_attention,
     sink_state,
 )
-from coreset_jax.nn import prefix as prefixes
+from coreset_jax.nn import prefix as documents
 from coreset_jax.nn.prefix import LayerPrefix
 
 # Keys and values ``[batch, kv_heads, slots, width]`` and log-weights ``[batch, kv_heads, slots]``.
@@ -37,6 +37,16 @@ def grouped(queries: Array, kv_heads: int) -> Array:
     batch, length, heads, width = queries.shape
     split = queries.reshape(batch, length, kv_heads, heads // kv_heads, width)
     return split.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)
+
+
+def by_token(queries: Array, kv_heads: int) -> Array:
+    """The rows of :func:`grouped` in another order: the queries of one token behind each other.
+
+    So samples are wanted, of which the last ones judge.
+    """
+    batch, length, heads, width = queries.shape
+    split = queries.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    return split.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, width)
 
 
 def ungrouped(rows: Array, shape: tuple[int, ...]) -> Array:
@@ -81,7 +91,7 @@ def attend(
         read_part = functools.partial(partial_attention, rows, scale=scale, soft_cap=soft_cap)
         states = [_nothing_where_empty(read_part(*part), part) for part in parts]
         if prefix is not None:
-            states.append(prefixes.partial_attention(rows, prefix, scale, soft_cap))
+            states.append(documents.partial_attention(rows, prefix, scale, soft_cap))
         if new is not None:
             places = jnp.tile(places, heads // kv_heads)
             visible = jnp.arange(length)[None] <= places[:, None]

@@ -16,7 +16,7 @@ from coreset_jax._src.stream.summary import Summary
 from coreset_jax.combinators import chunk_count
 from coreset_jax.fitting import fitted
 from coreset_jax.nn.config import CacheConfig
-from coreset_jax.nn.grouped import grouped
+from coreset_jax.nn.grouped import by_token
 from coreset_jax.nn.kv_block import KVBlock, numbers
 
 # A summary keeps its error for a walk with feedback, which nothing here is.
@@ -179,7 +179,7 @@ def _anew(
     compressor = _compressor(config, block.keys.shape[-1], steps)
     sample = None
     if queries is not None and compressor.reads_queries:
-        sample = grouped(queries, block.keys.shape[1])
+        sample = by_token(queries, block.keys.shape[1])
 
     def one_head(
         compressor: Compressor,

@@ -33,18 +33,33 @@ def of_layer(prefixes: Prefix | Sequence[Prefix], layer: int) -> LayerPrefix:
       layer: the layer's number.
 
     Raises:
-      ValueError: if there are no prefixes or no such layer, or the prefixes are of different
-        models.
+      ValueError: if there are no prefixes or no such layer, or they are of different models, or
+        differ in heads, page sizes, widths or dtypes.
     """
     each = [prefixes] if isinstance(prefixes, Prefix) else list(prefixes)
     if not each:
         raise ValueError("prefixes must not be empty.")
     if len({prefix.model for prefix in each}) > 1:
         raise ValueError(f"prefixes must be of one model, got {sorted({p.model for p in each})}.")
-    count = min(len(prefix.layers) for prefix in each)
-    if not 0 <= layer < count:
-        raise ValueError(f"layer must lie in 0..{count - 1}, got {layer}.")
+    counts = {len(prefix.layers) for prefix in each}
+    if len(counts) > 1 or not 0 <= layer < min(counts):
+        raise ValueError(f"prefixes must all have a layer {layer}; they have {sorted(counts)}.")
     packed = [prefix.layers[layer] for prefix in each]
+    kinds = {
+        (
+            pairs.num_heads,
+            pairs.page_size,
+            *(array.shape[-1] for array in (pairs.keys, pairs.values)),
+            *(str(array.dtype) for array in (pairs.keys, pairs.values)),
+            pairs.scale is None,
+        )
+        for pairs in packed
+    }
+    if len(kinds) > 1:
+        raise ValueError(
+            "prefixes must have the same heads, page size, widths and dtypes, and all or none a "
+            f"scale; got {sorted(kinds)}."
+        )
     slots = max(pairs.keys.shape[0] for pairs in packed)
     rows = [with_slots(pairs, slots) for pairs in packed]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from coreset_jax._src import meshes
 from coreset_jax.nn import grouped, joining, kv_block
 from coreset_jax.nn import middle as middles
 from coreset_jax.nn.grouped import Part, by_head
@@ -82,9 +83,26 @@ def rolled_back(cache: Any, lengths: Array) -> Any:
     return dataclasses.replace(
         cache,
         recent=cache.recent._replace(keys=broken),
-        filled=jnp.where(lost, _filled(cache), filled),
-        lengths=jnp.where(lost, cache.lengths, left),
+        # One of the broken keys is read at least.
+        filled=jnp.where(lost, jnp.maximum(_filled(cache), 1), filled),
+        lengths=jnp.where(lost, jnp.maximum(cache.lengths, cache.config.sinks + 1), left),
     )
+
+
+@jax.jit
+def reordered(cache: Any, order: Array) -> Any:
+    """Some rows of a cache, each as often as it is named, behind the documents of theirs."""
+
+    def take(leaf: Array) -> Array:
+        # Rows come from any device, and lie as they did.
+        sharding = jax.typeof(leaf).sharding if meshes.explicit_mesh(leaf) else None
+        return leaf.at[order].get(out_sharding=sharding)
+
+    rows = jax.tree.map(take, dataclasses.replace(cache, prefix=None))
+    prefix = cache.prefix
+    if prefix is not None and prefix.lengths.shape[0] > 1:
+        prefix = jax.tree.map(take, prefix)
+    return dataclasses.replace(rows, prefix=prefix)
 
 
 @jax.jit

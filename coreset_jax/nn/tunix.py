@@ -170,7 +170,8 @@ def init_cache(
 def open_prefix(model: Any, prefix: Prefix | Sequence[Prefix] | None) -> None:
     """Lets all caches that ``model.init_cache`` makes begin behind a document, in place.
 
-    That is what tunix's ``Sampler`` calls: what it generates is then about the document.
+    That is what tunix's ``Sampler`` calls: what it generates is then about the document. A sampler
+    holds the model as it was when it was made: make one for each document, behind this.
 
     Args:
       model: a model all of whose layers have been wrapped.

@@ -114,6 +114,10 @@ class ModelCache:
         """Empty caches, see :func:`coreset_jax.nn.tunix.init_cache`."""
         if prefix is not None and any(each is None or each.config is None for each in self.layers):
             raise ValueError("prefix needs a model all of whose layers have been wrapped.")
+        documents = [] if prefix is None else [prefix] if isinstance(prefix, Prefix) else prefix
+        if any(len(each.layers) != len(self.layers) for each in documents):
+            counts = [len(each.layers) for each in documents]
+            raise ValueError(f"prefix must have {len(self.layers)} layers, got {counts}.")
         checks.check_count("batch_size", batch_size)
         checks.check_count("cache_size", cache_size)
         rng = jax.random.key(0) if rng is None else rng

@@ -47,6 +47,8 @@ def check_compression(text: str | None, ratio: int, out: str) -> str:
         raise FileNotFoundError(f"--text names no file: {text}")
     if ratio < 2:
         raise ValueError(f"--ratio must be at least 2, got {ratio}")
+    if pathlib.Path(out).is_dir():
+        raise ValueError(f"--out must be a file, not a folder: {out}")
     folder = pathlib.Path(out).absolute().parent
     if not os.access(folder, os.W_OK):
         raise FileNotFoundError(f"--out must be in a folder that can be written to: {folder}")
@@ -147,8 +149,13 @@ def _compress(options: flags.FlagValues) -> None:
 def _ask(path: str, questions: Sequence[str], options: flags.FlagValues) -> None:
     prefix = cj.prefixes.load(path)
     model = pretrained.load(options.model, options.dtype)
-    if prefix.model != model.name:
-        raise ValueError(f"{path} is a prefix of {prefix.model}, not of {model.name}; see --model")
+    shape = model.config.num_layers, model.config.num_kv_heads
+    found = len(prefix.layers), prefix.layers[0].num_heads if prefix.layers else 0
+    if prefix.model != model.name or found != shape:
+        raise ValueError(
+            f"{path} is a prefix of {prefix.model} with {found[0]} layers of {found[1]} heads, not "
+            f"of {model.name} with {shape[0]} of {shape[1]}; see --model"
+        )
     for question, (answer, speed) in zip(
         questions, ask(model, prefix, questions, options.max_new_tokens), strict=True
     ):
@@ -178,9 +185,9 @@ def main() -> None:
     flags.DEFINE_string("out", "prefix.safetensors", "the file to write")
     flags.DEFINE_string("model", None, "a GGUF file or a Hugging Face folder; None is SmolLM2-135M")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "of weights and activations")
-    flags.DEFINE_integer("ratio", 8, "pairs of the document over those that are kept")
+    flags.DEFINE_integer("ratio", 8, "pairs of the document over those that are kept", 2)
     flags.DEFINE_boolean("again", True, "read the document twice, which keeps more facts")
-    flags.DEFINE_integer("max_new_tokens", 64, "tokens of an answer at most")
+    flags.DEFINE_integer("max_new_tokens", 64, "tokens of an answer at most", 1)
     flags.DEFINE_integer("seed", 0, "of the compression")
     command.run(job, OSError, ValueError, ModuleNotFoundError)
 

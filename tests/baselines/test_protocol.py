@@ -383,7 +383,7 @@ def test_meshes_change_nothing(name, kind, cache):
         return compressor(RNG, keys, values, size=SIZE, queries=queries)
 
     coreset = compress(*jax.device_put(arrays, sharding))
-    for leaf in coreset:
+    for leaf in jax.tree.leaves(coreset):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     # A solver amplifies rounding.
     solved = name in FITTED_WEIGHTS | {"wildcat"}

@@ -86,6 +86,6 @@ def test_what_cannot_be_opened_is_refused():
     wrap_model(model, **BEHIND)
     with pytest.raises(ValueError, match="sines and cosines"):
         tiny.run(model, init_cache(model, 1, prefix=prefix), tiny.random_tokens(1, 4), 4, 8)
-    with pytest.raises(ValueError, match="layer must lie in"):
+    with pytest.raises(ValueError, match="prefix must have 2 layers"):
         open_prefix(model, Prefix(prefix.layers[:1], 8, "tiny"))
     assert not jax.tree.leaves(model.init_cache(1)["layer_0"]["coreset"].prefix)

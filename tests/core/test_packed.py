@@ -191,6 +191,29 @@ def test_bad_input_is_refused():
         cj.unpack(cj.pack(coreset), size=0)
 
 
+def test_strict_modes(x64):
+    coreset = ragged(COUNTS)
+    queries = jax.random.normal(RNG, (2, 4, 5, WIDTH), jnp.float32)
+    expected = cj.attend(queries, coreset)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        packed = cj.pack(coreset, page_size=PAGE)
+        found = cj.attend(queries, packed, return_lse=True)
+        merged, _ = cj.merge_attention([found, found])
+        back = cj.unpack(packed, size=SLOTS)
+    np.testing.assert_allclose(merged, expected, atol=1e-5)
+    assert back.indices.dtype == jnp.int32
+
+
+def test_batches_are_read_in_little_memory():
+    """Queries are read a few at a time, however many entries a batch has."""
+    shapes = jax.eval_shape(lambda: cj.pack(ragged([[40] * 8] * 16), page_size=PAGE, num_slots=320))
+    queries = jax.ShapeDtypeStruct((16, 8, 4096, WIDTH), jnp.float32)
+    compiled = read.lower(queries, shapes).compile()
+    memory = compiled.memory_analysis()
+    outputs = 16 * 8 * 4096 * (VALUE_WIDTH + 2) * 4
+    assert memory.temp_size_in_bytes < 4 * packing._NUMBERS * 4 + 4 * outputs
+
+
 def test_fields_are_leaves():
     packed = cj.pack(ragged(COUNTS), page_size=PAGE)
     assert len(jax.tree.leaves(packed)) == 5

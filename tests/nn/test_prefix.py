@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import coreset_jax as cj
 from coreset_jax._src.core.coreset import emptied
@@ -134,6 +135,12 @@ def test_how_far_back():
     outputs = lost.attend(arrays(2, 1, HEADS * GROUPS))
     assert np.isnan(outputs[0]).all()
     assert not np.isnan(outputs[1]).any()
+    # Where every exact pair is taken back as well.
+    emptied = long.rolled_back(jnp.array([28, 28]))
+    lost = jax.jit(CoresetCache.rolled_back)(emptied, jnp.array([3, 28]))
+    outputs = lost.attend(arrays(2, 1, HEADS * GROUPS))
+    assert np.isnan(outputs[0]).all()
+    assert not np.isnan(outputs[1]).any()
     # Nothing has left the window: back to the document.
     _, short = cache.read_and_extend(arrays(2, 20, HEADS * GROUPS), arrays(2, 20), arrays(2, 20))
     queries = arrays(2, 1, HEADS * GROUPS)
@@ -210,19 +217,47 @@ def test_modules_read_behind_a_document():
     np.testing.assert_allclose(found, expected[:, 30:], atol=1e-5)
 
 
+def test_scales_are_compared():
+    scaled = document(1, 100, [12, 3])[1]._replace(scale=jnp.full((1, HEADS), 0.5))
+    prefix = Prefix.of(scaled, length=100, model="tiny", page_size=4)
+    with pytest.raises(ValueError, match=r"scale must be that which the coreset was made for, 0\.5"):
+        opened(prefix, 1)
+    cache = opened(prefix, 1, CONFIG.replace(scale=0.5))
+    assert not np.isnan(cache.attend(arrays(1, 1, HEADS * GROUPS))).any()
+
+
+def test_sequences_of_several_devices_are_reordered():
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh(
+        (2,), ("batch",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2]
+    )
+    rows = NamedSharding(mesh, PartitionSpec("batch"))
+    pairs, order = [arrays(2, 5), arrays(2, 5)], jnp.array([1, 1])
+    plain = opened(FIRST[0], 2).append(*pairs).reordered(order)
+    like = jax.device_put(jnp.zeros((2, 1, HEADS, WIDTH)), rows)
+    cache = CoresetCache.init(CONFIG, jax.random.key(0), like, like)
+    moved = cache.append(*jax.device_put(pairs, rows)).reordered(order)
+    np.testing.assert_array_equal(moved.recent.keys, plain.recent.keys)
+    assert jax.typeof(moved.recent.keys).sharding.spec[0] == "batch"
+
+
 def test_bad_prefixes_are_refused():
     with pytest.raises(ValueError, match="prefix must hold 1 or 3 documents of 2 kv heads"):
         opened([FIRST[0], SECOND[0]], 3)
     like = jnp.zeros((1, 1, 3, WIDTH))
     with pytest.raises(ValueError, match="of 3 kv heads"):
         CoresetCache.init(CONFIG, jax.random.key(0), like, like, of_layer(FIRST[0], 0))
-    with pytest.raises(ValueError, match=r"layer must lie in 0\.\.0, got 1"):
+    with pytest.raises(ValueError, match="all have a layer 1"):
         of_layer(FIRST[0], 1)
     other = Prefix(SECOND[0].layers, 70, "huge")
     with pytest.raises(ValueError, match="of one model"):
         of_layer([FIRST[0], other], 0)
     with pytest.raises(ValueError, match="empty"):
         of_layer([], 0)
+    coarse = Prefix.of(SECOND[1], length=70, model="tiny", page_size=8)
+    with pytest.raises(ValueError, match="page size"):
+        of_layer([FIRST[0], coarse], 0)
     cache = opened(FIRST[0], 1)
     with pytest.raises(ValueError, match="order must lie in"):
         cache.reordered(jnp.array([1]))

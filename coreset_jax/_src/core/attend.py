@@ -66,6 +66,8 @@ def attend(
     if isinstance(coreset, PackedCoreset):
         check_packed_queries(queries, coreset)
         checks.check_positive("soft_cap", soft_cap)
+        if block_size is not None:
+            checks.check_count("block_size", block_size)
         checks.check_sink_logits(sink_logits, queries)
         state = partial_attention_packed(queries, coreset, scale=scale, soft_cap=soft_cap)
         return results(with_sinks(state, sink_logits), coreset.values.dtype, return_lse)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from coreset_jax._src import checks
+from coreset_jax._src import checks, meshes
 from coreset_jax._src.attention import PartialAttention, partial_attention
 from coreset_jax._src.core.coreset import Coreset, SignedCoreset, emptied
 from coreset_jax._src.core.scale import reading_scale
@@ -94,9 +95,13 @@ def pack(coreset: Coreset, *, page_size: int = 16, num_slots: int | None = None)
     if len(shape) < 2:
         raise ValueError(f"coreset must have log_weights [..., heads, m]; got {shape}.")
     checks.check_count("page_size", page_size)
+    if meshes.explicit_mesh(coreset) is not None:
+        raise ValueError(
+            "coreset must not lie on a mesh of Explicit axes: heads of several devices are no row "
+            "of pages. Pack those of each device, inside jax.shard_map."
+        )
     counts = jnp.sum(coreset.log_weights != -jnp.inf, axis=-1, dtype=jnp.int32)
-    known = not checks.is_traced(counts)
-    needed = _most_slots(np.asarray(counts), page_size) if known else None
+    needed = _most_slots(np.asarray(counts), page_size) if checks.is_known(counts) else None
     if num_slots is None:
         if needed is None:
             raise ValueError("num_slots must be given where the coreset is traced.")
@@ -175,7 +180,7 @@ def unpack(packed: PackedCoreset, *, size: int) -> Coreset:
 
     def of_entry(packed: PackedCoreset) -> Coreset:
         starts, ends = packed.offsets[:-1, None], packed.offsets[1:, None]
-        slots = starts + jnp.arange(size, dtype=jnp.int32)
+        slots = starts + jnp.arange(size, dtype=jnp.int32)[None]
         places = jnp.minimum(slots, packed.keys.shape[0] - 1)
         fields = (packed.keys, packed.values, packed.log_weights, packed.indices)
         coreset = emptied(Coreset(*(field[places] for field in fields)), slots >= ends)
@@ -183,8 +188,8 @@ def unpack(packed: PackedCoreset, *, size: int) -> Coreset:
         held = jnp.arange(packed.keys.shape[0], dtype=jnp.int32)
         ranks = held - packed.offsets[head_of(held, packed.offsets)]
         lost = (ranks >= size) & (packed.log_weights != -jnp.inf) & (held < packed.offsets[-1])
-        heads = jnp.arange(packed.num_heads)
-        cut = jnp.any(lost & (head_of(held, packed.offsets) == heads[:, None]), axis=1)
+        heads = jnp.arange(packed.num_heads, dtype=jnp.int32)
+        cut = jnp.any(lost[None] & (head_of(held, packed.offsets)[None] == heads[:, None]), axis=1)
         return coreset._replace(log_weights=jnp.where(cut[:, None], jnp.nan, coreset.log_weights))
 
     over = of_entry
@@ -255,7 +260,8 @@ def partial_attention_packed(
     scale = reading_scale(packed.scale, scale, queries.shape[:-2])
     if scale is not None:
         scale = jnp.broadcast_to(jnp.asarray(scale), queries.shape[:-2])
-    over = functools.partial(_over_pages, soft_cap=soft_cap)
+    entries = math.prod(packed.offsets.shape[:-1])
+    over = functools.partial(_over_pages, soft_cap=soft_cap, entries=entries)
     for _ in range(packed.offsets.ndim - 1):
         over = jax.vmap(over, in_axes=(0, 0, None if scale is None else 0))
     return over(queries, packed, scale)
@@ -266,7 +272,9 @@ def _over_pages(
     packed: PackedCoreset,
     scale: Float[Array, " heads"] | None,
     soft_cap: ArrayLike | None,
+    entries: int,
 ) -> PartialAttention:
+    """Attention over one of so many entries of a batch, which are read together."""
     count, heads = queries.shape[1], packed.num_heads
     pages = packed.keys.shape[0] // packed.page_size
 
@@ -298,7 +306,8 @@ def _over_pages(
             reduced(jax.ops.segment_sum, factors[..., None] * states.output),
         )
 
-    at_once = max(_NUMBERS // (pages * (packed.page_size + packed.values.shape[-1])), 1)
+    widths = packed.page_size + packed.keys.shape[-1] + packed.values.shape[-1]
+    at_once = max(_NUMBERS // (entries * pages * widths), 1)
     if count <= at_once:
         return read(queries)
     states = jax.lax.map(
