@@ -17,10 +17,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 from absl import app, flags
+from jax import export
 
 from benchmarks.compress import seconds
 from experiments.common.tables import print_table
@@ -77,7 +79,12 @@ def load(checkout: pathlib.Path) -> Any:
     for name in before:
         del sys.modules[name]
     sys.path.insert(0, str(checkout))
-    found = importlib.import_module("coreset_jax")
+    # Names of types in exported programs are given once a process, and nothing is exported here.
+    with (
+        mock.patch.object(export, "register_namedtuple_serialization"),
+        mock.patch.object(export, "register_pytree_node_serialization"),
+    ):
+        found = importlib.import_module("coreset_jax")
     sys.path.remove(str(checkout))
     if before:
         for name in [each for each in sys.modules if each.split(".")[0] == "coreset_jax"]:

@@ -220,7 +220,7 @@ def test_modules_read_behind_a_document():
 def test_scales_are_compared():
     scaled = document(1, 100, [12, 3])[1]._replace(scale=jnp.full((1, HEADS), 0.5))
     prefix = Prefix.of(scaled, length=100, model="tiny", page_size=4)
-    with pytest.raises(ValueError, match=r"scale must be that which the coreset was made for, 0\.5"):
+    with pytest.raises(ValueError, match=r"scale must be that .* made for, 0\.5"):
         opened(prefix, 1)
     cache = opened(prefix, 1, CONFIG.replace(scale=0.5))
     assert not np.isnan(cache.attend(arrays(1, 1, HEADS * GROUPS))).any()
