@@ -85,7 +85,7 @@ def compress(
     logging.info("Reading %d tokens%s", len(tokens), ", twice" if again else "")
     document = documents.read(model, tokens, reconstruct=again)
     logging.info("Compressing %.1f MiB to 1/%d", document.nbytes / 2**20, ratio)
-    source = "reconstruction" if again else "ahead"
+    source = "both" if again else "ahead"
     compressor = cj.attended(axes=EVERY_HEAD)
     coreset = document.compressed(compressor, source, ratio=ratio, seed=seed)
     return Prefix.of(coreset, length=document.length, model=model.name), document
