@@ -17,6 +17,7 @@ from coreset_jax._src.core.attend import attend
 from coreset_jax._src.core.bias import attention_bias
 from coreset_jax._src.core.compressor import Compressor, Wrapper
 from coreset_jax._src.core.coreset import Coreset
+from coreset_jax._src.core.folding import fold_queries, fold_weights
 from coreset_jax._src.core.head import Head
 from coreset_jax._src.core.info import Info
 from coreset_jax._src.core.packed import PackedCoreset, pack, unpack
@@ -50,6 +51,8 @@ __all__ = [
     "compress",
     "compress_to_error",
     "fitted",
+    "fold_queries",
+    "fold_weights",
     "geometry",
     "guarantees",
     "keep_ends",
