@@ -22,10 +22,11 @@ LENGTHS = np.array([[COUNT, 40, 1], [COUNT, 9, SIZE]])
 RNG = jax.random.key(0)
 
 # Compressors, the axes of a budget, and the most pairs of a head.
+RECENT = {"recent_fraction": 0.125}
 CASES = {
-    "a head": (attended(), (), KEPT),
-    "a layer": (attended(axes=-1), (1,), COUNT - (SIZE - KEPT)),
-    "every head": (attended(axes=(0, -1), max_multiple=1.5), (0, 1), 18),
+    "a head": (attended(**RECENT), (), KEPT),
+    "a layer": (attended(axes=-1, **RECENT), (1,), COUNT - (SIZE - KEPT)),
+    "every head": (attended(axes=(0, -1), max_multiple=1.5, **RECENT), (0, 1), 18),
 }
 FULL = np.full((LAYERS, HEADS), COUNT)
 
@@ -328,7 +329,7 @@ def test_bad_calls_are_refused(whole):
     keys, values, queries = whole
     for options, message in (
         ({"kept_fraction": 1.0}, "kept_fraction must be at least 0 and below 1"),
-        ({"kept_fraction": 0.1}, "recent_fraction must be at most kept_fraction"),
+        ({"kept_fraction": 0.02}, "recent_fraction must be at most kept_fraction"),
         ({"recent_fraction": -0.1}, "recent_fraction must be at least 0"),
         ({"max_multiple": 0.9}, "max_multiple must be at least 1"),
         ({"sinks": None}, "sinks must be a static Python int"),
