@@ -132,7 +132,7 @@ def check_radius(
     leading = keys.shape[:-2]
     checks.check_positive("rho", rho, leading)
     checks.check_positive("query_norm", query_norm, leading)
-    checks.check_positive("scale", scale)
+    checks.check_positive("scale", scale, leading)
     if rho is not None and query_norm is not None:
         raise ValueError("rho and query_norm both name the query radius; give one of them.")
     if queries is not None:
@@ -232,7 +232,7 @@ def standardize(
       rho: the radius of unit queries itself, a scalar or ``[...]``.
       query_norm: largest norm of a raw query, a scalar or ``[...]``.
       queries: sample raw queries ``[..., q, d]``; their largest norm is taken.
-      scale: the softmax scale; ``None`` means ``1/sqrt(d)``.
+      scale: the softmax scale, a scalar or ``[...]``; ``None`` means ``1/sqrt(d)``.
       lengths: valid pairs of each head ``[...]``; ``None`` means all.
       log_weights: logarithms of the pairs' weights ``[..., n]``, of which centers are means then;
         ``None`` means that all are alike.
@@ -283,18 +283,18 @@ def standardize(
         key_radius, default_scale(keys.shape[-1]) if scale is None else scale
     )
     unit = softmax_scale * key_radius
+    # Made from the keys, so that all is sharded as they are.
+    zeros = jnp.zeros_like(unit)
     if rho is not None:
-        radius = jnp.broadcast_to(jnp.asarray(rho, dtype), unit.shape)
+        radius = zeros + jnp.asarray(rho, dtype)
         norm = radius / unit
         # A cache with a NaN says so elsewhere; a radius that is none says so here.
         norm = jnp.where(jnp.isfinite(norm) & (norm > 0), norm, jnp.ones_like(norm))
         norm = jnp.where(jnp.isfinite(radius) & (radius > 0), norm, jnp.nan)
     elif query_norm is not None:
-        norm = jnp.broadcast_to(jnp.asarray(query_norm, dtype), unit.shape)
+        norm = zeros + jnp.asarray(query_norm, dtype)
     else:
-        norm = jnp.broadcast_to(
-            jnp.asarray(largest_norm(queries, keys.shape[-1]), dtype), unit.shape
-        )
+        norm = zeros + jnp.asarray(largest_norm(queries, keys.shape[-1]), dtype)
     return Standardization(
         key_center,
         key_radius,
