@@ -190,7 +190,7 @@ def test_compressors_are_handed_the_last_queries(sequences, empty_cache, config)
     assert np.all(np.isfinite(seen))
     last = queries[3, -config.window :].reshape(config.window, 2, 2, 8)
     for head in range(2):
-        expected = last[:, head].swapaxes(0, 1).reshape(2 * config.window, 8)
+        expected = last[:, head].reshape(2 * config.window, 8)
         assert any(np.array_equal(each, expected) for each in seen)
 
 
