@@ -124,8 +124,8 @@ class CoresetAttention(nnx.MultiHeadAttention):
             refused; the cache itself has ``size`` slots a head.
           dtype: of the keys and values that the module computes.
           rng: a JAX random key for compressors that want one; ``jax.random.key(0)`` if ``None``.
-          prefix: the documents that sequences begin with (:func:`coreset_jax.nn.of_layer`); what
-            is read stands behind them.
+          prefix: the documents that sequences begin with (:func:`coreset_jax.nn.of_layer`). The
+            tokens of later calls follow them.
 
         Raises:
           ValueError: if ``input_shape`` or the prefix do not fit the module.

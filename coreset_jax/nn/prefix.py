@@ -18,7 +18,7 @@ class LayerPrefix(NamedTuple):
     Attributes:
       pairs: the pairs of each sequence's document, packed, ``[batch, slots, ...]``; or of one that
         all of them share, ``[1, slots, ...]``.
-      lengths: tokens of the documents ``[batch]`` or ``[1]``; what follows stands behind them.
+      lengths: tokens of each document, ``[batch]`` or ``[1]``. The next token has this position.
     """
 
     pairs: PackedCoreset

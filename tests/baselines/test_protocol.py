@@ -341,16 +341,17 @@ def test_bad_calls_are_refused(cache):
                 make(name, SCALES[0])(RNG, keys, values, size=SIZE)
 
 
-def test_explicit_shardings_survive(name, cache):
-    shape = (2, 2) if jax.device_count() >= 4 else (1, 1)
-    mesh = jax.make_mesh(
-        shape,
-        ("batch", "head"),
-        axis_types=(AxisType.Explicit,) * 2,
-        devices=jax.devices()[: shape[0] * shape[1]],
-    )
-    sharding = NamedSharding(mesh, PartitionSpec("batch", "head"))
+def over_devices(kind):
+    """Two axes cut over four devices, which a CPU always has here; over one where there are less."""
+    count = 2 if jax.device_count() >= 4 else 1
+    axes = PartitionSpec("batch", "head")
+    devices = jax.devices()[: count**2]
+    mesh = jax.make_mesh((count, count), axes, axis_types=(kind,) * 2, devices=devices)
+    return NamedSharding(mesh, axes)
 
+
+def test_explicit_shardings_survive(name, cache):
+    sharding = over_devices(AxisType.Explicit)
     compressor = make(name)
     queries = samples(compressor, cache[0])
     arrays = (*cache, queries) if compressor.needs_queries else cache
@@ -369,11 +370,7 @@ def test_explicit_shardings_survive(name, cache):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_meshes_change_nothing(name, kind, cache):
     """Heads of every device are compressed there, and to the same as on one."""
-    if jax.device_count() < 4:
-        pytest.skip("needs four devices")
-    axes = PartitionSpec("batch", "head")
-    mesh = jax.make_mesh((2, 2), axes, axis_types=(kind,) * 2, devices=jax.devices()[:4])
-    sharding = NamedSharding(mesh, axes)
+    sharding = over_devices(kind)
     compressor = make(name)
     queries = samples(compressor, cache[0])
     arrays = (*cache, queries) if compressor.needs_queries else cache

@@ -20,11 +20,11 @@ def fold_weights(
     .. math:: \mathrm{scale}\,\langle (q, 1, 1, 0), (k_i, a_i, b_i, 0)\rangle
               = \mathrm{scale}\,\langle q, k_i\rangle + \log w_i
 
-    Kernels of 128 channels read heads of 64 that are padded to that: there is room. Where there is
-    for two channels, :math:`b_i` is what rounding took from :math:`a_i`: with bfloat16 keys, sums
-    in float32, weights are off by about :math:`2^{-17}` of their logarithm instead of
-    :math:`2^{-9}`. The kernel must be called with the scale that is meant here, that of the narrow
-    keys, and with queries of :func:`fold_queries`.
+    Kernels of 128 channels pad heads of 64, which leaves room. One spare channel holds the rounded
+    :math:`a_i`; a second one holds the remainder :math:`b_i`. In bfloat16 one channel alone is off
+    by about :math:`2^{-9}` of a log-weight, and two are off by :math:`2^{-17}`. Call the kernel
+    with the scale of the narrow keys, since its own default is that of the wide ones, and with
+    queries of :func:`fold_queries`.
 
     Args:
       coreset: a coreset ``[..., m]``, not signed.

@@ -38,9 +38,9 @@ class Standardization(NamedTuple):
       scale: the softmax scale that the unit queries have absorbed, ``[...]``.
       query_norm: largest norm of a raw query, :math:`\rho / (\mathrm{scale}\,\kappa)`, ``[...]``:
         the same for every part of a cache, where :math:`\rho` is not.
-      key_units: factors of the channels :math:`D`, ``[..., d]``, by which keys are multiplied and
-        queries divided before all else, and with which ``key_radius`` and ``rho`` are meant: ones
-        unless wide channels are to be narrow. See
+      key_units: factors of the channels :math:`D`, ``[..., d]``. Keys are multiplied by them and
+        queries divided, before anything else; ``key_radius`` and ``rho`` are measured after that.
+        All are one unless wide channels are narrowed; see
         :func:`coreset_jax._src.geometry.channels.channel_units`.
     """
 
