@@ -342,7 +342,7 @@ def test_bad_calls_are_refused(cache):
 
 
 def over_devices(kind):
-    """Two axes cut over four devices, which a CPU always has here; over one where there are less."""
+    """Two axes cut over four devices, which a CPU always has here, or over one."""
     count = 2 if jax.device_count() >= 4 else 1
     axes = PartitionSpec("batch", "head")
     devices = jax.devices()[: count**2]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from coreset_jax._src import checks, meshes
 from coreset_jax._src.attention import PartialAttention, partial_attention
 from coreset_jax._src.core.coreset import Coreset, SignedCoreset, emptied
 from coreset_jax._src.core.scale import reading_scale
+
+Result = TypeVar("Result")
 
 # Numbers of scores and outputs of pages that are held at a time.
 _NUMBERS = 2**24
@@ -114,6 +117,13 @@ def pack(coreset: Coreset, *, page_size: int = 16, num_slots: int | None = None)
     return _pack(coreset, counts, page_size, num_slots)
 
 
+def _over_entries(function: Callable[..., Result], axes: int) -> Callable[..., Result]:
+    """A function of one entry of a batch, for all entries along so many leading axes."""
+    for _ in range(axes):
+        function = jax.vmap(function)
+    return function
+
+
 def _most_slots(counts: np.ndarray, page_size: int) -> int:
     """Slots of the batch entry that needs most, at least a page."""
     pages = -(-counts // page_size)
@@ -147,10 +157,7 @@ def _pack(
             coreset.scale,
         )
 
-    over = of_entry
-    for _ in range(counts.ndim - 1):
-        over = jax.vmap(over)
-    return over(coreset, counts)
+    return _over_entries(of_entry, counts.ndim - 1)(coreset, counts)
 
 
 def head_of(slots: Int[Array, " slots"], offsets: Int[Array, " bounds"]) -> Int[Array, " slots"]:
@@ -192,10 +199,7 @@ def unpack(packed: PackedCoreset, *, size: int) -> Coreset:
         cut = jnp.any(lost[None] & (head_of(held, packed.offsets)[None] == heads[:, None]), axis=1)
         return coreset._replace(log_weights=jnp.where(cut[:, None], jnp.nan, coreset.log_weights))
 
-    over = of_entry
-    for _ in range(packed.offsets.ndim - 1):
-        over = jax.vmap(over)
-    return over(packed)
+    return _over_entries(of_entry, packed.offsets.ndim - 1)(packed)
 
 
 def check_packed_queries(queries: Array, packed: PackedCoreset) -> None:
@@ -261,10 +265,8 @@ def partial_attention_packed(
     if scale is not None:
         scale = jnp.broadcast_to(jnp.asarray(scale), queries.shape[:-2])
     entries = math.prod(packed.offsets.shape[:-1])
-    over = functools.partial(_over_pages, soft_cap=soft_cap, entries=entries)
-    for _ in range(packed.offsets.ndim - 1):
-        over = jax.vmap(over, in_axes=(0, 0, None if scale is None else 0))
-    return over(queries, packed, scale)
+    over_pages = functools.partial(_over_pages, soft_cap=soft_cap, entries=entries)
+    return _over_entries(over_pages, packed.offsets.ndim - 1)(queries, packed, scale)
 
 
 def _over_pages(
